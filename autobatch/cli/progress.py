@@ -1,0 +1,84 @@
+"""What standard error shows while a search runs: one line a probe, and on a terminal the trial that is under way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TextIO
+
+from rich.console import Console
+from rich.status import Status
+from rich.text import Text
+
+from autobatch.core.records import Probe, Setting, Trying
+from autobatch.report.lines import plain, probe_line, setting_lines
+
+
+class Display:
+    """Shows a search's progress on ``stream``: plain lines in a log, a live status on a terminal."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._console = Console(file=stream, highlight=False, soft_wrap=True)
+        self._status: Status | None = None
+        self._setting: Setting | None = None
+        self._last: Trying | None = None
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._quiet()
+
+    def __call__(self, event: Setting | Trying | Probe) -> None:
+        """Show one event of the search."""
+        if isinstance(event, Setting):
+            self._setting = event
+            self._show(setting_lines(event))
+        elif isinstance(event, Trying):
+            self._last = event
+            self._live(f"{'confirming' if event.confirmation else 'probing'} batch size {event.batch_size:,} ({_bracket(event)})")
+        else:
+            self._quiet()
+            self._show([probe_line(event, self._setting.cap if self._setting else None)])
+
+    def loading(self, target: str) -> None:
+        """Say that the workload is being loaded."""
+        self._live(f"loading {plain(target)}")
+
+    def write(self, text: str) -> None:
+        """Pass on what the worker wrote to its standard error."""
+        self._console.print(Text(text.rstrip("\n")))
+
+    def interrupted(self) -> None:
+        """Say what was known when the user stopped the search."""
+        self._quiet()
+        known = _bracket(self._last) if self._last is not None else "no batch size had been tried"
+        self._show([f"autobatch: interrupted; the worker was stopped. So far: {known}. Nothing was confirmed."])
+
+    def failed(self) -> None:
+        """Say what was known when the search broke off."""
+        self._quiet()
+        if self._last is not None and self._last.best is not None:
+            self._show([f"Known before that: {_bracket(self._last)}."])
+
+    def _live(self, text: str) -> None:
+        if self._console.is_terminal:
+            self._quiet()
+            self._status = self._console.status(Text(text))
+            self._status.start()
+
+    def _quiet(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+    def _show(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self._console.print(Text(line))
+
+
+def _bracket(trying: Trying) -> str:
+    best = "nothing fitted yet" if trying.best is None else f"{trying.best:,} fits"
+    return best if trying.wall is None else f"{best}, {trying.wall:,} does not"
+
+

@@ -1,0 +1,159 @@
+"""The memory model: peak(b) = max of two lines, one for the forward and backward passes and one for the optimizer step.
+
+It is fitted on *allocated* bytes, each phase on its own: their maximum has a kink, each phase has none; reserved bytes jump with
+fragmentation, allocated bytes do not. It only ever advises the search. Readings wobble, because kernels choose other algorithms at other
+sizes and allocators round, so every figure is handled as an interval: a jump goes to a size that fits even when the readings wobbled
+against it, and a predicted wall counts only after a probe close to it came out as predicted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autobatch.core.records import Probe
+from autobatch.core.units import MIB
+
+# Relative wobble that is expected of readings, the worst that a jump must survive, and the absolute steps that allocators round to.
+WOBBLE = 0.0025
+WORST_WOBBLE = 0.03
+ROUNDING = 2 * MIB
+# From this growth of the peak on, the worst wobble can no longer be taken for a slope.
+RESOLVED = 1.5
+# A prediction counts as confirmed by a probe this close to the wall that came out this close to what was predicted.
+NEAR_WALL = 0.05
+CONFIRMED = 0.01
+# How far below a wall the next size is taken.
+STEP = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Peak bytes of one phase: ``base + per_sample · batch_size``, through two measured sizes."""
+
+    base: float
+    per_sample: float
+
+    def at(self, batch_size: int) -> float:
+        """Return the bytes at ``batch_size``."""
+        return self.base + self.per_sample * batch_size
+
+    def reaches(self, limit: float) -> float:
+        """Return the batch size at which the line reaches ``limit`` bytes, infinite for a line that never does."""
+        return (limit - self.base) / self.per_sample if self.per_sample > 0 else float("inf")
+
+
+class MemoryModel:
+    """Predicts peaks from the probes it has observed, and advises a search under ``cap`` bytes.
+
+    Attributes:
+        cap: bytes a trial may use.
+        residual: largest relative error with which a probe was predicted from those before it, ``None`` before there was one.
+    """
+
+    def __init__(self, cap: int) -> None:
+        self.cap = cap
+        self.residual: float | None = None
+        self._forward_backward: dict[int, int] = {}
+        self._optimizer: dict[int, int] = {}
+        self._surprise: dict[int, float] = {}
+
+    def observe(self, probe: Probe) -> None:
+        """Take in a probe; one that did not fit broke off before its peak and says nothing, one without readings neither."""
+        if not probe.outcome.fits or probe.forward_backward is None:
+            return
+        size, peak = probe.batch_size, probe.peak_allocated
+        predicted = self.predict(size)
+        if predicted is not None and peak:
+            self._surprise[size] = abs(predicted - peak) / peak
+            self.residual = max(self._surprise.values())
+        self._forward_backward[size] = probe.forward_backward.allocated
+        if probe.optimizer is not None:
+            self._optimizer[size] = probe.optimizer.allocated
+
+    def predict(self, batch_size: int) -> int | None:
+        """Return the bytes a step of ``batch_size`` rows needs at its highest, ``None`` before two sizes were measured."""
+        lines = self._lines()
+        return round(max(line.at(batch_size) for line in lines)) if lines else None
+
+    def largest(self, limit: int) -> int | None:
+        """Return the largest batch size predicted to need at most ``limit`` bytes, ``None`` when no size is predicted to be the last."""
+        size = min((line.reaches(limit) for line in self._lines()), default=float("inf"))
+        return None if size == float("inf") else max(0, int(size))
+
+    def suggest(self, best: int, wall: int | None) -> int | None:
+        """Return the batch size to try next: as far up as must fit, then where the wall is predicted, ``None`` for no advice."""
+        if best not in self._forward_backward:
+            return None
+        limit = self.largest(self.cap)
+        if wall is not None:
+            return self._below(wall, best, limit)
+        safe = self._safe(best)
+        if limit is None or best < limit * (1 - NEAR_WALL):
+            if safe >= 2 * best or limit is None or safe >= limit * (1 - CONFIRMED):
+                return safe if safe > best else None
+            return limit  # a short hop would earn nothing
+        if self._surprise.get(best, 0.0) > CONFIRMED:
+            return round(max(limit, best) * (1 + CONFIRMED / 2))  # the model is off: find out from above
+        return safe if safe > best * (1 + WOBBLE) else limit + 1
+
+    def confirmed_limit(self, best: int) -> int | None:
+        """Return the largest batch size that can fit, ``None`` unless ``best`` is within 5 % of it and came out as predicted to 1 %."""
+        surprise = self._surprise.get(best)
+        limit = self.largest(self.cap)
+        if surprise is None or limit is None or surprise > CONFIRMED or best < limit * (1 - NEAR_WALL):
+            return None
+        # From the probe up, only the slope and this probe's own wobble are left to be wrong.
+        slope = self._slope(best, WOBBLE)[0]
+        return None if slope <= 0 else best + int(max(0.0, self.cap - self._peak(best)) / slope)
+
+    def _safe(self, best: int) -> int:
+        """Return the largest size that fits even when every reading wobbled the wrong way."""
+        room = self.cap * (1 - WOBBLE) - self._peak(best) * (1 + WOBBLE)
+        if len(self._forward_backward) < 2:
+            # One size is known: with a base of nothing at all, every row would cost its full share.
+            return int(best * self.cap * (1 - WOBBLE) / (self._peak(best) * (1 + WOBBLE)))
+        return best + int(max(0.0, room) / self._slope(best, self._wobble(best))[1])
+
+    def _below(self, wall: int, best: int, limit: int | None) -> int | None:
+        """Return a size under ``wall`` that is likely to fit and close to it, inside the bracket far enough for either verdict to count."""
+        close = int(wall * (1 - STEP))
+        if best < close:
+            return close if limit is None or limit >= close else max(limit, best + (wall - best) // 8)
+        if limit is None or not best < limit < wall or (self.residual or 0.0) > CONFIRMED:
+            return None  # plain bisection: the model has been off by more than the bracket is wide
+        return min(max(limit, best + (wall - best) // 8), wall - (wall - best) // 8)
+
+    def _wobble(self, top: int) -> float:
+        """Return the wobble to allow for: the worst while the peak has hardly grown, since all of the growth might be wobble."""
+        grown = self._forward_backward[top] >= RESOLVED * min(self._forward_backward.values())
+        return WOBBLE if grown else WORST_WOBBLE
+
+    def _slope(self, top: int, wobble: float) -> tuple[float, float]:
+        """Return the least and the largest bytes a row that the readings up to ``top`` allow."""
+        high = self._forward_backward[top]
+        low_bounds, high_bounds = [0.0], []
+        for size, peak in self._forward_backward.items():
+            if size < top:
+                slack = wobble * (high + peak) + ROUNDING
+                low_bounds.append((high - peak - slack) / (top - size))
+                high_bounds.append((high - peak + slack) / (top - size))
+        return max(low_bounds), max(1.0, min(high_bounds))
+
+    def _peak(self, size: int) -> int:
+        return max(self._forward_backward[size], self._optimizer.get(size, 0))
+
+    def _lines(self) -> list[Line]:
+        return [line for points in (self._forward_backward, self._optimizer) if (line := _through(points)) is not None]
+
+
+def _through(points: dict[int, int]) -> Line | None:
+    """Return the line through the largest size and the one that tells the slope best: far enough below, else the farthest."""
+    if len(points) < 2:
+        return None
+    sizes = sorted(points)
+    top = sizes[-1]
+    below = max((size for size in sizes[:-1] if size <= top / 2), default=sizes[0])
+    slope = max(0.0, (points[top] - points[below]) / (top - below))
+    return Line(base=points[top] - slope * top, per_sample=slope)
+
+

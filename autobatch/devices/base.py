@@ -1,0 +1,116 @@
+"""The device contract, and the budget a training step may use. No torch here."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from autobatch.core.errors import InvalidRequest
+from autobatch.core.records import MemoryReading, Outcome, Peak
+from autobatch.core.units import format_bytes, parse_bytes
+
+
+class Device(Protocol):
+    """What a prober needs of a device. Every amount is in bytes.
+
+    An implementation guarantees:
+
+    - Inside ``cap(limit, held)`` an allocation that would take this process's tensors past ``limit`` bytes raises, as it would on a full
+      device; ``held`` bytes of the workload's tensors are resident at entry. The former limit is back afterwards, whatever happened.
+    - ``peak()`` is exact enough to predict from: the same step gives the same peak to a fraction of a percent.
+    - ``classify`` names only what it knows to be about memory or a kernel's limits; anything else is the user's error and ``None``.
+    - ``session()`` is held around all trials and undone at its end; ``release()`` never raises.
+
+    Attributes:
+        name: torch's name of it, ``"cuda:0"`` or ``"cpu"``.
+        description: what it is, ``"NVIDIA H200"``.
+    """
+
+    name: str
+    description: str
+
+    def session(self) -> AbstractContextManager[None]:
+        """Hold what the readings need for as long as the probing lasts."""
+
+    def memory(self) -> MemoryReading:
+        """Return what the device's memory looks like now."""
+
+    def cap(self, limit: int, held: int) -> AbstractContextManager[None]:
+        """Hold this process's tensors to ``limit`` bytes."""
+
+    def reset_peaks(self) -> None:
+        """Start the peaks again from what is held now."""
+
+    def peak(self) -> Peak:
+        """Return the highest use since the last reset."""
+
+    def allocated(self) -> int:
+        """Return the bytes held by tensors now."""
+
+    def retries(self) -> int | None:
+        """Return how often the allocator has given its cache back and tried again, ``None`` where that is not counted."""
+
+    def driver_used(self) -> int | None:
+        """Return the bytes in use on the whole device as the driver reports them."""
+
+    def synchronize(self) -> None:
+        """Wait for everything under way."""
+
+    def release(self) -> None:
+        """Give cached blocks back."""
+
+    def classify(self, error: BaseException) -> Outcome | None:
+        """Return the outcome that ``error`` stands for, ``None`` for the user's own errors."""
+
+    def environment(self) -> dict[str, str]:
+        """Return what an answer depends on: the hardware and its versions."""
+
+
+def set_budget(
+    reading: MemoryReading, memory_budget: int | float | str | None, margin: float
+) -> tuple[int, int, tuple[str, ...]]:
+    """Return the budget and the cap in bytes, and notes: what a step may use, and what a trial may use.
+
+    Args:
+        reading: the device's memory now.
+        memory_budget: bytes, text such as ``"20GiB"`` or ``"50%"``, or a fraction of the capacity; ``None`` for all that can be had.
+        margin: fraction of the budget that every trial leaves free.
+
+    Raises:
+        InvalidRequest: the budget is no amount of memory or larger than the device; the margin is outside [0, 1).
+    """
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not 0 <= margin < 1:
+        raise InvalidRequest(f"margin is {margin!r}; a fraction from 0 to below 1 is wanted, for example 0.05 for 5 %.")
+    wanted = reading.obtainable if memory_budget is None else _amount(memory_budget, reading.capacity)
+    if wanted > reading.capacity:
+        raise InvalidRequest(
+            f"memory_budget {format_bytes(wanted)} is more than the device has: {format_bytes(reading.capacity)}. "
+            "Give less, or leave it out for all that is free."
+        )
+    budget, notes = wanted, []
+    if wanted > reading.obtainable:
+        budget = reading.obtainable
+        holders = ", ".join(f"pid {other.pid}" for other in reading.others)
+        notes.append(
+            f"the budget asked for, {format_bytes(wanted)}, was narrowed to the {format_bytes(budget)} that can be had now"
+            + (f"; others hold the rest ({holders})" if holders else "")
+        )
+    return budget, math.floor(budget * (1 - margin)), tuple(notes)
+
+
+def _amount(memory_budget: int | float | str, capacity: int) -> int:
+    """Return the bytes that ``memory_budget`` names; a number of at most 1 is a fraction of ``capacity``."""
+    whole = isinstance(memory_budget, str) and memory_budget.strip().endswith("%")
+    if isinstance(memory_budget, str):
+        try:
+            memory_budget = float(memory_budget.strip().rstrip("%"))
+        except ValueError:
+            return parse_bytes(memory_budget)
+    if isinstance(memory_budget, bool) or not isinstance(memory_budget, (int, float)) or not 0 < memory_budget < math.inf:
+        raise InvalidRequest(
+            f"memory_budget is {memory_budget!r}; give bytes, text such as '20GiB', or a fraction of the device such as 0.5."
+        )
+    if whole:
+        return math.floor(capacity * memory_budget / 100)
+    return math.floor(capacity * memory_budget) if memory_budget <= 1 else math.floor(memory_budget)

@@ -1,0 +1,181 @@
+"""The CPU as a device: its memory is RAM, its limit a soft limit on address space that makes the allocator really fail.
+
+Readings are exact because of three things. glibc is told to take every block of 64 KiB or more straight from the kernel and to
+give it straight back, so that resident memory follows the tensors. The kernel's high-water mark can be reset, so each phase of a
+step has its own peak; file-backed pages (libraries being read in) are taken out of it. And what libraries reserve on first use
+(thread stacks, scratch space, lazily imported modules) is brought in before the first trial.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from autobatch.core.errors import DeviceUnavailable
+from autobatch.core.records import MemoryReading, Outcome, Peak
+from autobatch.core.units import KIB
+from autobatch.devices import allocator, oom
+from autobatch.devices.cgroup import ControlGroup
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+# oneDNN says the same for a kernel it has not and for memory it does not get; only where much of the limit is in use is it memory.
+_ONEDNN = "could not create a"
+_NEARLY = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Process:
+    """This process's memory in bytes, as the kernel counts it."""
+
+    virtual: int
+    highest: int
+    anonymous: int
+    files: int
+
+    @classmethod
+    def read(cls) -> _Process:
+        table = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if line.startswith(("Vm", "Rss")))
+
+        def amount(key: str) -> int:
+            return int(table.get(key, "0 kB").split()[0]) * KIB
+
+        return cls(
+            virtual=amount("VmSize"),
+            highest=amount("VmHWM"),
+            anonymous=amount("RssAnon"),
+            files=amount("RssFile") + amount("RssShmem"),
+        )
+
+
+class CpuDevice:
+    """RAM, held to a limit by ``RLIMIT_AS``; one instance a process at a time.
+
+    Raises:
+        DeviceUnavailable: the system offers no resettable high-water mark or no enforced address-space limit (anything but Linux).
+    """
+
+    name = "cpu"
+
+    def __init__(self) -> None:
+        if sys.platform != "linux" or not os.access(_CLEAR_REFS, os.W_OK):
+            raise DeviceUnavailable(
+                f"CPU memory cannot be held to a limit on {platform.system()}: it needs Linux's /proc/self/clear_refs and RLIMIT_AS, "
+                "so no out-of-memory error could be provoked safely. Probe on a CUDA device (device='cuda'), or run this in a Linux "
+                "container; for any loop of your own, autobatch.search(run) needs no limit."
+            )
+        self.description = f"CPU, {os.cpu_count()} cores"
+        self._group = ControlGroup.of_this_process()
+        self._limit = 0
+        self._floor = 0  # anonymous bytes at the trial's start less the tensors among them
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        """Hold the allocator settings that make readings exact, for as long as the probing lasts."""
+        allocator.exact_allocator()
+        try:
+            _bring_in_libraries()
+            yield
+        finally:
+            allocator.usual_allocator()
+
+    def memory(self) -> MemoryReading:
+        """Return RAM as this process may use it: the machine's, the container's or the shell's limit, whichever is smallest."""
+        machine = psutil.virtual_memory()
+        capacity, free, source, notes = machine.total, machine.available, "psutil", []
+        if self._group is not None and self._group.limit < capacity:
+            capacity, source = self._group.limit, "cgroup"
+            free = min(free, self._group.free())
+            notes.append(f"the container's limit ({self._group.path}) is below the machine's RAM")
+        soft = _address_space_limit()[0]
+        if soft is not None and soft - _Process.read().virtual < free:
+            free = max(0, soft - _Process.read().virtual)
+            notes.append("the shell's limit on address space (ulimit -v) is below the free RAM")
+        return MemoryReading(capacity=capacity, free=free, source=source, notes=tuple(notes))
+
+    @contextlib.contextmanager
+    def cap(self, limit: int, held: int) -> Iterator[None]:
+        """Let tensors take at most ``limit`` bytes, ``held`` of which are resident now; more raises as on a full machine."""
+        import resource
+
+        now = _Process.read()
+        self._limit, self._floor = limit, now.anonymous - held
+        soft, hard = _address_space_limit()
+        wanted = now.virtual + max(0, limit - held)
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        ceiling = min([wanted, *(value for value in (soft, hard) if value is not None)])
+        resource.setrlimit(resource.RLIMIT_AS, (ceiling, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, before)
+
+    def reset_peaks(self) -> None:
+        """Start the high-water mark again from what is resident now."""
+        _CLEAR_REFS.write_text("5")
+
+    def peak(self) -> Peak:
+        """Return the bytes of tensors at the highest point since the last reset."""
+        now = _Process.read()
+        return Peak(allocated=max(0, now.highest - now.files - self._floor))
+
+    def allocated(self) -> int:
+        """Return the anonymous bytes resident now: tensors, and the interpreter's own objects."""
+        return _Process.read().anonymous
+
+    def retries(self) -> int | None:
+        """Return ``None``: the CPU allocator keeps no cache to give back."""
+        return None
+
+    def driver_used(self) -> int | None:
+        """Return ``None``: there is no driver."""
+        return None
+
+    def synchronize(self) -> None:
+        """Do nothing: CPU operators return when they are done."""
+
+    def release(self) -> None:
+        """Give free blocks back to the kernel."""
+        allocator.trim()
+
+    def classify(self, error: BaseException) -> Outcome | None:
+        """Return the outcome ``error`` stands for; RAM is this device's memory, so running out of it is ``oom``."""
+        known = oom.classify(error, on_cpu=True)
+        if known is None and _ONEDNN in str(error) and self.peak().allocated > _NEARLY * self._limit:
+            return Outcome.OOM
+        return known
+
+    def environment(self) -> dict[str, str]:
+        """Return the processor and the thread count that step times belong to."""
+        import torch
+
+        return {"processor": platform.machine(), "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads())}
+
+
+def _address_space_limit() -> tuple[int | None, int | None]:
+    """Return the soft and the hard limit on address space in bytes, ``None`` for unlimited."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    return tuple(None if value == resource.RLIM_INFINITY else value for value in (soft, hard))  # type: ignore[return-value]
+
+
+def _bring_in_libraries() -> None:
+    """Run a small training step, so that what libraries reserve on first use is not taken for the model's memory."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        body = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.BatchNorm2d(16), torch.nn.Flatten(), torch.nn.LazyLinear(512))
+        rows = torch.randn(64, 3, 18, 18)
+        body(rows)
+        for kind in (torch.optim.SGD, torch.optim.AdamW):
+            body(rows).square().mean().backward()
+            kind(body.parameters(), lr=1e-3).step()

@@ -1,0 +1,52 @@
+"""What travels between a prober and its worker: one JSON document a line, and records in and out of it.
+
+Requests
+    ``{"op": "open", "options": {…}, "target": "train.py:build"}`` or, instead of a target, ``"payload": N`` followed by N pickled bytes
+    ``{"op": "probe", "batch_size": 8, "steps": 3, "confirm": false}``
+Replies
+    ``{"setting": {…}}``, ``{"probe": {…}}`` or ``{"error": {"kind": …, "message": …, "traceback": …}}``
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from autobatch.core import errors
+from autobatch.core.record_json import to_plain
+
+
+def encode(message: Mapping[str, Any]) -> bytes:
+    """Return ``message`` as one line; records in it become objects."""
+    return json.dumps(to_plain(message)).encode() + b"\n"
+
+
+def decode(line: bytes) -> dict[str, Any]:
+    """Return the message in ``line``.
+
+    Raises:
+        ValueError: the line is no JSON object.
+    """
+    message = json.loads(line)
+    if not isinstance(message, dict):
+        raise ValueError("not an object")
+    return message
+
+
+def error_to(error: BaseException, traceback_text: str = "") -> dict[str, Any]:
+    """Return ``error`` as an object; anything that is not autobatch's own becomes a failed workload."""
+    kind = type(error).__name__
+    if not isinstance(error, errors.AutobatchError):
+        return {"kind": "WorkloadFailed", "message": f"{kind}: {error}", "traceback": traceback_text}
+    return {"kind": kind, "message": str(error), "traceback": traceback_text or getattr(error, "traceback_text", "")}
+
+
+def error_from(data: Mapping[str, Any], batch_size: int | None) -> errors.AutobatchError:
+    """Return the error that was encoded as ``data``."""
+    known = {"InvalidRequest": errors.InvalidRequest, "DeviceUnavailable": errors.DeviceUnavailable}
+    kind = known.get(data["kind"])
+    if kind is not None:
+        return kind(data["message"])
+    return errors.WorkloadFailed(data["message"], traceback_text=data["traceback"], batch_size=batch_size)
+

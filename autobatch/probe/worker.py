@@ -1,0 +1,254 @@
+"""The prober that runs trials in a child process, so that nothing a trial does can reach this one."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from autobatch.core.errors import DeviceUnavailable, WorkerFailed
+from autobatch.core.record_json import from_plain
+from autobatch.core.records import Outcome, Probe, Setting
+from autobatch.probe import wire
+
+# The first reply waits for torch to be imported and the model to be built, which large models take minutes for.
+START_TIMEOUT = 600.0
+PROBE_TIMEOUT = 600.0
+_TAIL_LINES = 40
+_GRACE = 2.0
+
+
+class WorkerProber:
+    """Probes in a worker process that serves one probe after another; a fresh one follows a probe that did not fit.
+
+    Args:
+        target: what to load in the worker, as text; or
+        payload: the workload's arguments, pickled by cloudpickle.
+        options: ``device``, ``memory_budget``, ``margin``, and what overrides the target.
+        probe_timeout: seconds one probe may take before the worker is killed.
+        stdout: where the user's own standard output goes, a file descriptor; ``None`` leaves it where it is.
+        stderr: called with each line the worker writes to its standard error.
+
+    Raises:
+        AutobatchError: the worker could not open the workload; the same error as in this process.
+    """
+
+    def __init__(
+        self,
+        *,
+        target: str | None = None,
+        payload: bytes | None = None,
+        options: Mapping[str, Any],
+        probe_timeout: float = PROBE_TIMEOUT,
+        stdout: int | None = None,
+        stderr: Callable[[str], object] | None = None,
+    ) -> None:
+        if os.name != "posix":
+            raise DeviceUnavailable(
+                f"A worker process needs POSIX pipes, which {sys.platform} has not. Probe in this process: autobatch.find(…, isolate=False)."
+            )
+        blank = {"device": None, "memory_budget": None, "margin": 0.05, "cap": None}
+        self._source = {"target": target} if target is not None else {"payload": len(payload or b"")}
+        self._payload, self._options = payload or b"", {**blank, **options}
+        self._timeout = probe_timeout
+        self._start = functools.partial(_Worker, stdout, stderr or (lambda text: sys.stderr.write(text)))
+        self._worker: _Worker | None = None
+        self.setting: Setting = self._open()
+
+    def probe(self, batch_size: int, *, steps: int = 3, confirm: bool = False) -> Probe:
+        """Return what ``steps`` training steps of ``batch_size`` rows did in the worker.
+
+        Raises:
+            WorkloadFailed: the user's code raised; the error carries its traceback as text.
+            WorkerFailed: the worker died, hung or closed its pipe.
+        """
+        if self._worker is None:
+            self._open()
+        worker = self._worker
+        assert worker is not None
+        request = {"op": "probe", "batch_size": batch_size, "steps": steps, "confirm": confirm}
+        kills = _memory_kills()
+        try:
+            reply = worker.ask(request, b"", self._timeout, f"at batch size {batch_size}")
+        except WorkerFailed as error:
+            self.close()
+            if worker.status == -signal.SIGKILL and _memory_kills() > kills:
+                message = "the kernel killed the worker because the machine's memory ran out"
+                return Probe(batch_size=batch_size, outcome=Outcome.HOST_OOM, confirmation=confirm, message=message)
+            raise error from None
+        except BaseException:
+            self.close()
+            raise
+        if "error" in reply:
+            self.close()
+            raise wire.error_from(reply["error"], batch_size)
+        probe = from_plain(Probe, reply["probe"])
+        if not probe.outcome.fits:
+            self.close()
+        return probe
+
+    def close(self) -> None:
+        """End the worker and everything it started; a second call does nothing."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.end()
+
+    def _open(self) -> Setting:
+        """Start a worker and return its setting; a later worker keeps the first one's cap."""
+        self._worker = self._start()
+        try:
+            request = {"op": "open", "options": self._options, **self._source}
+            reply = self._worker.ask(request, self._payload, START_TIMEOUT, "while loading the workload")
+            if "error" in reply:
+                raise wire.error_from(reply["error"], None)
+            setting = from_plain(Setting, reply["setting"])
+        except BaseException:
+            self.close()
+            raise
+        if self._options["cap"] is None:
+            self._options["cap"] = setting.cap
+        return setting
+
+
+class _Worker:
+    """One child process, its two pipes and the tail of its standard error.
+
+    Attributes:
+        status: its exit status once it ended, negative for a signal.
+    """
+
+    def __init__(self, stdout: int | None, stderr: Callable[[str], object]) -> None:
+        request_read, request_write = os.pipe()
+        reply_read, reply_write = os.pipe()
+        command = [sys.executable, "-m", "autobatch.probe.child", str(request_read), str(reply_write)]
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=subprocess.PIPE,
+                pass_fds=(request_read, reply_write),
+                start_new_session=True,
+                env=_environment(),
+            )
+        except BaseException:
+            os.close(request_write)
+            os.close(reply_read)
+            raise
+        finally:
+            os.close(request_read)
+            os.close(reply_write)
+        self.status: int | None = None
+        self._pass_on = stderr
+        self._requests, self._replies = open(request_write, "wb"), open(reply_read, "rb", buffering=0)  # noqa: SIM115
+        self._tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
+        self._reader = threading.Thread(target=self._forward, args=(self._process.stderr,), daemon=True)
+        self._reader.start()
+
+    def ask(self, request: Mapping[str, Any], payload: bytes, timeout: float, when: str) -> dict[str, Any]:
+        """Return the worker's reply to ``request``.
+
+        Raises:
+            WorkerFailed: there was none within ``timeout`` seconds, or the worker ended.
+        """
+        try:
+            self._requests.write(wire.encode(request) + payload)
+            self._requests.flush()
+            line = self._read_line(timeout)
+        except BrokenPipeError:
+            line = b""
+        except TimeoutError:
+            self.end()
+            raise WorkerFailed(
+                f"The worker gave no answer within {timeout:.0f} seconds {when} and was stopped. The step may hang (a lock, a data "
+                "loader, a network call) or be that slow: run it once by hand, or allow more with --probe-timeout SECONDS.",
+                stderr_tail=self.tail(),
+            ) from None
+        if not line.endswith(b"\n"):
+            self.end()
+            raise WorkerFailed(f"The worker {self._how_it_ended()} {when}. {self._advice()}", stderr_tail=self.tail())
+        return wire.decode(line)
+
+    def end(self) -> None:
+        """Close the pipes, wait shortly, then kill the process group: also data loaders that it started."""
+        with contextlib.suppress(BrokenPipeError):
+            self._requests.close()
+        if sys.exc_info()[0] is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_GRACE)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self.status = self._process.wait()
+        self._reader.join(_GRACE)
+        self._replies.close()
+        if self._process.stderr is not None and not self._reader.is_alive():
+            self._process.stderr.close()
+
+    def tail(self) -> str:
+        """Return the last lines of its standard error."""
+        return "\n".join(self._tail)
+
+    def _read_line(self, timeout: float) -> bytes:
+        """Return the next line, shorter than a line when the worker closed its end."""
+        deadline, parts = time.monotonic() + timeout, [b""]
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._replies, selectors.EVENT_READ)
+            while not parts[-1].endswith(b"\n"):
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    raise TimeoutError
+                part = self._replies.read(65536)
+                if not part:
+                    # Readable and empty is the end; give the process a moment to leave its exit status.
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        self._process.wait(_GRACE)
+                    break
+                parts.append(part)
+        return b"".join(parts)
+
+    def _forward(self, stream: IO[bytes]) -> None:
+        """Pass the worker's standard error on and keep its tail; reading must never stop, or the worker would block."""
+        for raw in iter(stream.readline, b""):
+            line = raw.decode(errors="replace")
+            self._tail.append(line.rstrip("\n"))
+            with contextlib.suppress(OSError, ValueError):
+                self._pass_on(line)
+
+    def _how_it_ended(self) -> str:
+        if self.status is None:
+            return "broke off"
+        if self.status < 0:
+            return f"was killed by {signal.Signals(-self.status).name}"
+        return f"ended with exit code {self.status}"
+
+    def _advice(self) -> str:
+        if self.status == -signal.SIGKILL:
+            return "Something outside killed it: look for the kernel's out-of-memory killer (dmesg) or a job limit, and give --memory-budget."
+        if self.status is not None and self.status < 0:
+            return "Native code crashed: run one step of the same batch size by hand; the last lines of its standard error are below."
+        return "The workload ended the process itself (sys.exit, os._exit): the last lines of its standard error are below."
+
+
+def _environment() -> dict[str, str]:
+    """Return this process's environment with this package importable in the worker."""
+    root = str(Path(__file__).parents[2])
+    path = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": root if not path else f"{root}{os.pathsep}{path}"}
+
+
+def _memory_kills() -> int:
+    """Return how many processes the kernel has killed for want of memory since it started."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)

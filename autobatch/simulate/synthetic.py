@@ -1,0 +1,89 @@
+"""A prober without hardware: memory as a formula. For tests of anything that takes a prober, and for what a search costs."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from autobatch.core.records import MemoryReading, Outcome, Peak, Probe, Setting
+from autobatch.core.units import MIB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyntheticWorkload:
+    """A training step whose peak is ``fixed + per_sample · batch_size`` bytes, or the optimizer step's if that is more.
+
+    Attributes:
+        capacity: bytes a trial may use.
+        fixed: bytes of parameters, gradients and optimizer state.
+        per_sample: bytes each row adds to the forward and backward passes.
+        optimizer: peak of the optimizer step as a multiple of ``fixed``, 0 for none.
+        rounding: peaks are rounded up to a multiple of this many bytes.
+        wobble: every size's peak is off the formula by up to this fraction, always the same for one size and seed.
+        seed: which wobble.
+    """
+
+    capacity: int
+    fixed: int
+    per_sample: int
+    optimizer: float = 1.2
+    rounding: int = 2 * MIB
+    wobble: float = 0.0
+    seed: int = 0
+
+    def peaks(self, batch_size: int) -> tuple[int, int]:
+        """Return the bytes at the highest point of forward and backward, and of the optimizer step."""
+        off = 1 + self.wobble * self._noise(batch_size)
+        both = (self.fixed + self.per_sample * batch_size) * off, self.fixed * self.optimizer * off
+        forward_backward, optimizer = (-(-int(peak) // self.rounding) * self.rounding for peak in both)
+        return forward_backward, optimizer
+
+    def fits(self, batch_size: int) -> bool:
+        """Whether a step of ``batch_size`` rows stays within the capacity."""
+        return max(self.peaks(batch_size)) <= self.capacity
+
+    def largest_fit(self) -> int:
+        """Return the largest batch size up to which every size fits, 0 when not even one row does."""
+        worst = self.capacity / (1 + self.wobble) - self.rounding
+        size = max(0, int((worst - self.fixed) / self.per_sample)) if self.fixed * self.optimizer <= worst else 0
+        while self.fits(size + 1):
+            size += 1
+        return size
+
+    def _noise(self, batch_size: int) -> float:
+        digest = hashlib.blake2b(f"{self.seed}:{batch_size}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") / 2**63 - 1
+
+
+class SyntheticProber:
+    """Probes a :class:`SyntheticWorkload`; ``readable=False`` gives verdicts without readings."""
+
+    def __init__(self, workload: SyntheticWorkload, *, readable: bool = True) -> None:
+        self._workload, self._readable = workload, readable
+        self.setting = Setting(
+            device="synthetic",
+            device_description="a formula",
+            reading=MemoryReading(capacity=workload.capacity, free=workload.capacity, source="synthetic"),
+            budget=workload.capacity,
+            cap=workload.capacity,
+            margin=0.0,
+            resident=workload.fixed,
+            has_optimizer=workload.optimizer > 0,
+        )
+
+    def probe(self, batch_size: int, *, steps: int = 3, confirm: bool = False) -> Probe:
+        """Return what the formula says of ``batch_size`` rows."""
+        if not self._workload.fits(batch_size):
+            return Probe(batch_size=batch_size, outcome=Outcome.OOM, confirmation=confirm, message="the formula says no")
+        forward_backward, optimizer = self._workload.peaks(batch_size)
+        return Probe(
+            batch_size=batch_size,
+            outcome=Outcome.FIT,
+            steps=steps,
+            forward_backward=Peak(allocated=forward_backward) if self._readable else None,
+            optimizer=Peak(allocated=optimizer) if self._readable and self._workload.optimizer > 0 else None,
+            confirmation=confirm,
+        )
+
+    def close(self) -> None:
+        """Do nothing: a formula holds no memory."""

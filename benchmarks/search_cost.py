@@ -1,0 +1,128 @@
+"""What a search costs, on synthetic workloads: ``python -m benchmarks.search_cost [--json FILE]``.
+
+Workloads: a fixed part of 0.2 to 8 GiB and 10^5.5 to 10^8.3 bytes a sample (both log-uniform), an optimizer phase of 1 to 1.4 × the fixed
+part, peaks rounded to 2 MiB, cards of 8 to 139 GiB (uniform), always the same seed; one whose batch size 1 does not fit is drawn again.
+Probes are those of the search; the longer trial that confirms its answer comes on top, once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import statistics
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from autobatch.core.memory_model import MemoryModel
+from autobatch.core.records import SearchSpace
+from autobatch.core.search import Search
+from autobatch.core.units import GIB
+from autobatch.simulate.synthetic import SyntheticProber, SyntheticWorkload
+
+COUNT = 2000
+SEED = 20261121
+WOBBLES = (0.0, 0.002, 0.03)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What the searches of one row of the table took, over all workloads.
+
+    Attributes:
+        search: ``"model"`` or ``"plain"``.
+        wobble: relative wobble of the peaks.
+        median_probes, mean_probes: trials of the search.
+        out_of_memory: mean trials that did not fit.
+        rows: rows run over all trials, as a mean multiple of the answer.
+        worst: smallest answer as a fraction of the true maximum.
+        untested: share of answers that were not themselves run and fitted.
+    """
+
+    search: str
+    wobble: float
+    median_probes: float
+    mean_probes: float
+    out_of_memory: float
+    rows: float
+    worst: float
+    untested: float
+
+
+def workloads(count: int = COUNT, seed: int = SEED) -> Iterator[SyntheticWorkload]:
+    """Yield ``count`` workloads, the same for the same seed."""
+    draw = random.Random(seed)
+    while count > 0:
+        workload = SyntheticWorkload(
+            capacity=int(draw.uniform(8, 139) * GIB),
+            fixed=int(math.exp(draw.uniform(math.log(0.2), math.log(8))) * GIB),
+            per_sample=int(10 ** draw.uniform(5.5, 8.3)),
+            optimizer=draw.uniform(1.0, 1.4),
+            seed=draw.getrandbits(32),
+        )
+        if replace(workload, wobble=max(WOBBLES)).fits(1):
+            count -= 1
+            yield workload
+
+
+def run(workload: SyntheticWorkload, *, advised: bool, tolerance: float = 0.01) -> tuple[int, list[tuple[int, bool]]]:
+    """Return the answer of one search and its trials as ``(batch size, fits)``."""
+    prober = SyntheticProber(workload)
+    model = MemoryModel(prober.setting.cap)
+    search = Search(SearchSpace(tolerance=tolerance), model if advised else None)
+    trials = []
+    while (size := search.ask()) is not None:
+        probe = prober.probe(size)
+        model.observe(probe)
+        search.tell(size, probe.outcome.fits)
+        trials.append((size, probe.outcome.fits))
+    assert search.best is not None
+    return search.best, trials
+
+
+def measure(wobble: float, *, advised: bool, count: int = COUNT) -> Cost:
+    """Return what the searches cost when peaks wobble by ``wobble``."""
+    probes, failures, rows, worst, untested = [], [], [], 1.0, 0
+    for base in workloads(count):
+        workload = replace(base, wobble=wobble)
+        answer, trials = run(workload, advised=advised)
+        probes.append(len(trials))
+        failures.append(sum(not fits for _, fits in trials))
+        rows.append(sum(size for size, _ in trials) / answer)
+        worst = min(worst, answer / workload.largest_fit())
+        untested += (answer, True) not in trials
+    return Cost(
+        search="model" if advised else "plain",
+        wobble=wobble,
+        median_probes=statistics.median(probes),
+        mean_probes=statistics.mean(probes),
+        out_of_memory=statistics.mean(failures),
+        rows=statistics.mean(rows),
+        worst=worst,
+        untested=untested / count,
+    )
+
+
+def table(costs: list[Cost]) -> list[str]:
+    """Return the figures as lines."""
+    lines = [f"{'search':<7}{'wobble':>8}{'median':>8}{'mean':>7}{'OOM':>7}{'rows':>8}{'worst':>8}{'untested':>10}"]
+    for c in costs:
+        lines.append(
+            f"{c.search:<7}{c.wobble:>8.1%}{c.median_probes:>8g}{c.mean_probes:>7.2f}{c.out_of_memory:>7.2f}{c.rows:>7.2f}×{c.worst:>8.1%}"
+            f"{c.untested:>10.1%}"
+        )
+    return lines
+
+
+def main() -> None:
+    costs = [measure(wobble, advised=advised) for advised in (True, False) for wobble in WOBBLES]
+    print(f"search cost over {COUNT} synthetic workloads at 1 % tolerance (a confirming trial comes on top)")
+    print("\n".join(table(costs)))
+    if "--json" in sys.argv:
+        Path(sys.argv[sys.argv.index("--json") + 1]).write_text(json.dumps([asdict(cost) for cost in costs], indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

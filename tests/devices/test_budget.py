@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autobatch import InvalidRequest, MemoryReading
+from autobatch.core.records import ProcessMemory
+from autobatch.core.units import GIB, MIB
+from autobatch.devices.base import set_budget
+from autobatch.devices.cgroup import ControlGroup
+
+READING = MemoryReading(capacity=24 * GIB, free=18 * GIB, held=2 * GIB, others=(ProcessMemory(pid=77, used=4 * GIB),))
+
+
+@pytest.mark.parametrize(
+    ("memory_budget", "budget"),
+    [
+        (None, 20 * GIB),
+        (8 * GIB, 8 * GIB),
+        ("8GiB", 8 * GIB),
+        ("8 gib", 8 * GIB),
+        (0.5, 12 * GIB),
+        ("0.5", 12 * GIB),
+        ("25%", 6 * GIB),
+        (str(MIB), MIB),
+    ],
+)
+def test_a_budget_is_bytes_text_or_a_fraction(memory_budget: Any, budget: int) -> None:
+    assert set_budget(READING, memory_budget, 0.0) == (budget, budget, ())
+
+
+def test_the_margin_is_bytes_of_the_budget() -> None:
+    assert set_budget(READING, "10GiB", 0.05)[:2] == (10 * GIB, int(9.5 * GIB))
+
+
+def test_a_budget_beyond_what_is_free_is_narrowed_and_the_holders_named() -> None:
+    budget, cap, notes = set_budget(READING, 1.0, 0.0)
+    assert budget == cap == 20 * GIB
+    assert notes == (
+        "the budget asked for, 24.00 GiB, was narrowed to the 20.00 GiB that can be had now; others hold the rest (pid 77)",
+    )
+
+
+@pytest.mark.parametrize("memory_budget", [0, -1, 0.0, float("nan"), float("inf"), True, "nothing", "20GB", "-5GiB", "0GiB", [], "25GiB", "200%"])
+def test_a_budget_that_cannot_be_meant_is_refused(memory_budget: Any) -> None:
+    with pytest.raises(InvalidRequest):
+        set_budget(READING, memory_budget, 0.05)
+
+
+@pytest.mark.parametrize("margin", [-0.1, 1.0, 2, float("nan"), True, "5%"])
+def test_a_margin_outside_its_range_is_refused(margin: Any) -> None:
+    with pytest.raises(InvalidRequest, match="margin is .*; a fraction from 0 to below 1"):
+        set_budget(READING, None, margin)
+
+
+@given(
+    st.integers(0, 2**40), st.integers(0, 2**40), st.integers(1, 2**40), st.floats(0, 0.99),
+    st.one_of(st.none(), st.floats(0.001, 1.0)),
+)  # fmt: skip
+def test_the_cap_never_exceeds_what_can_be_had(free: int, held: int, capacity: int, margin: float, fraction: float | None) -> None:
+    reading = MemoryReading(capacity=capacity, free=free, held=held)
+    budget, cap, _ = set_budget(reading, fraction, margin)
+    assert 0 <= cap <= budget <= min(capacity, free + held)
+
+
+def group(root: Path, version: int, name: str, limit: str, used: int, cache: int) -> None:
+    folder = root / name if version == 2 else root / "memory" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"), 2: ("memory.max", "memory.current", "inactive_file")}
+    limit_file, usage_file, key = files[version]
+    (folder / limit_file).write_text(f"{limit}\n")
+    (folder / usage_file).write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 5\n{key} {cache}\n")
+
+
+@pytest.mark.parametrize(("version", "line"), [(2, "0::/job/step"), (1, "4:memory:/job/step\n3:cpu:/other")])
+def test_the_tightest_limit_of_the_container_counts(tmp_path: Path, version: int, line: str) -> None:
+    proc = tmp_path / "cgroup"
+    proc.write_text(line + "\n")
+    group(tmp_path, version, "job/step", "max" if version == 2 else str(2**63 - 4096), 0, 0)
+    group(tmp_path, version, "job", str(4 * GIB), 3 * GIB, GIB)
+    found = ControlGroup.of_this_process(proc, tmp_path)
+    assert found is not None
+    assert (found.limit, found.free()) == (4 * GIB, 2 * GIB)
+
+
+def test_without_a_limit_there_is_no_group(tmp_path: Path) -> None:
+    (tmp_path / "cgroup").write_text("0::/\n")
+    assert ControlGroup.of_this_process(tmp_path / "cgroup", tmp_path) is None
+    assert ControlGroup.of_this_process(tmp_path / "missing", tmp_path) is None

@@ -1,0 +1,215 @@
+"""The worker process: real child processes, real signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch import nn
+
+import autobatch
+from autobatch import DeviceUnavailable, InvalidRequest, Outcome, WorkerFailed, WorkloadFailed
+from autobatch.probe.worker import WorkerProber
+
+TARGETS = '''
+import json, os, signal, subprocess, sys, time
+import torch
+from torch import nn
+
+class Step(nn.Module):
+    def __init__(self, act=None, at=4):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(262144))
+        self.act, self.at = act, at
+    def forward(self, x):
+        if self.act is not None and len(x) >= self.at:
+            self.act()
+        return (x * self.weight).square().mean()
+
+def options(act=None):
+    return {"model": Step(act), "sample": torch.ones(1, 1), "step": lambda net, batch: net(batch), "optimizer": torch.optim.SGD}
+
+def plain(): return options()
+def killed(): return options(lambda: os.kill(os.getpid(), signal.SIGKILL))
+def crashed(): return options(lambda: os.abort())
+def exits(): return options(lambda: os._exit(1))
+def leaves(): return options(lambda: sys.exit(3))
+def hangs(): return options(lambda: time.sleep(1000))
+def raises(): return options(lambda: {}["missing"])
+def loud():
+    os.write(1, b'{"probe": {"batch_size": 1}}\\n' * 40000)
+    os.write(2, b"x" * 1024 * 1024 + b"\\n")
+    return options(lambda: print(json.dumps({"setting": None}), flush=True))
+def parent():
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+    return options()
+def at_import(): raise OSError("no disk")
+def ends(): sys.exit(7)
+'''
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> str:
+    (tmp_path / "targets.py").write_text(TARGETS)
+    return str(tmp_path / "targets.py")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_over() -> Iterator[None]:
+    descriptors = len(os.listdir("/proc/self/fd"))
+    yield
+    assert [child.cmdline() for child in psutil.Process().children(recursive=True)] == []
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def prober(target: str, **arguments: Any) -> WorkerProber:
+    options = {"device": "cpu", "memory_budget": "64MiB"}
+    return WorkerProber(target=target, options=options, **{"stdout": 2, "stderr": lambda text: None, **arguments})
+
+
+def test_one_worker_serves_many_probes_and_a_fresh_one_follows_a_failure(target: str) -> None:
+    worker = prober(f"{target}:plain")
+    try:
+        assert worker.setting.budget == 64 * 2**20
+        first = worker._worker
+        assert [worker.probe(size).outcome for size in (1, 2, 3)] == [Outcome.FIT] * 3
+        assert worker._worker is first
+        assert worker.probe(500).outcome is Outcome.OOM
+        assert worker.probe(2).outcome is Outcome.FIT
+        assert worker._worker is not first
+    finally:
+        worker.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("killed", r"The worker was killed by SIGKILL at batch size 4\. Something outside killed it"),
+        ("crashed", r"The worker was killed by SIGABRT at batch size 4\. Native code crashed"),
+        ("exits", r"The worker ended with exit code 1 at batch size 4\. The workload ended the process itself"),
+        ("leaves", r"The worker ended with exit code 3 at batch size 4"),
+    ],
+)
+def test_a_worker_that_dies_is_named_with_the_batch_size(target: str, name: str, message: str) -> None:
+    worker = prober(f"{target}:{name}")
+    assert worker.probe(3).outcome is Outcome.FIT
+    with pytest.raises(WorkerFailed, match=message):
+        worker.probe(4)
+
+
+def test_a_worker_that_hangs_is_stopped_at_its_deadline(target: str) -> None:
+    worker = prober(f"{target}:hangs", probe_timeout=1.0)
+    started = time.monotonic()
+    with pytest.raises(WorkerFailed, match=r"gave no answer within 1 seconds at batch size 4 and was stopped\. The step may hang"):
+        worker.probe(4)
+    assert time.monotonic() - started >= 1.0
+
+
+def test_the_users_error_keeps_the_users_traceback(target: str) -> None:
+    worker = prober(f"{target}:raises")
+    with pytest.raises(WorkloadFailed, match="KeyError: 'missing'") as caught:
+        worker.probe(4)
+    assert caught.value.batch_size == 4
+    assert caught.value.traceback_text.startswith("Traceback (most recent call last):\n")
+    assert "autobatch/probe" not in caught.value.traceback_text
+    assert 'def raises(): return options(lambda: {}["missing"])' in caught.value.traceback_text
+
+
+def test_what_the_user_prints_is_never_taken_for_an_answer(target: str, capfd: pytest.CaptureFixture[str]) -> None:
+    tail: list[str] = []
+    worker = prober(f"{target}:loud", stderr=tail.append)
+    try:
+        assert worker.probe(4).outcome is Outcome.FIT
+    finally:
+        worker.close()
+    assert capfd.readouterr().err.count('{"setting": null}') >= 3
+    assert max(len(line) for line in tail) > 1024 * 1024
+
+
+def test_processes_the_workload_started_go_with_the_worker(target: str) -> None:
+    worker = prober(f"{target}:parent")
+    assert len(psutil.Process().children(recursive=True)) == 2
+    worker.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("at_import", WorkloadFailed, "OSError: no disk"),
+        ("nowhere", InvalidRequest, "has no function 'nowhere'"),
+        ("ends", WorkerFailed, "ended with exit code 7 while loading the workload"),
+    ],
+)
+def test_a_target_that_cannot_be_opened(target: str, name: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        prober(f"{target}:{name}")
+
+
+def test_a_device_that_is_not_there_is_the_same_error_as_in_this_process(target: str) -> None:
+    with pytest.raises(DeviceUnavailable):
+        WorkerProber(target=f"{target}:plain", options={"device": "cuda:99"}, stdout=2)
+
+
+def test_an_interrupt_stops_the_worker(target: str) -> None:
+    worker = prober(f"{target}:hangs")
+    timer = threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        worker.probe(4)
+    timer.join()
+
+
+def test_the_worker_dies_with_its_parent(target: str) -> None:
+    script = (
+        "import os, sys\nfrom autobatch.probe.worker import WorkerProber\n"
+        f"worker = WorkerProber(target={target + ':hangs'!r}, options={{'device': 'cpu', 'memory_budget': '64MiB'}})\n"
+        "print(worker._worker._process.pid, flush=True)\n"
+        "worker.probe(4)\n"
+    )
+    import subprocess
+    import sys
+
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        assert child.is_running()
+        parent.kill()
+        parent.wait()
+        assert psutil.wait_procs([child], timeout=5)[1] == []
+
+
+def test_find_isolates_models_that_cannot_be_imported() -> None:
+    class Local(nn.Module):
+        """Defined inside a function, as in a notebook."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(1024, 1024), nn.BatchNorm1d(1024))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.body(x)
+
+    model = Local()
+    optimizer = torch.optim.AdamW(model.parameters())
+    before = {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()}
+    plan = autobatch.find(
+        model,
+        torch.ones(4, 1024),
+        step=lambda net, batch: net(batch).square().mean(),
+        optimizer=optimizer,
+        device="cpu",
+        memory_budget="64MiB",
+        max_batch_size=64,
+        isolate=True,
+    )
+    assert (plan.batch_size, plan.limited_by, plan.device) == (64, "max_batch_size", "cpu")
+    assert {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()} == before
+    assert optimizer.state == {}

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from autobatch import InvalidRequest
+from autobatch.workload.state import Snapshot, keep_random_state, resident_bytes
+
+CPU = torch.device("cpu")
+
+
+class Busy(nn.Module):
+    """A model with every kind of state that a step can change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))
+        self.norm = nn.BatchNorm1d(6)
+        self.second = nn.Linear(6, 6)
+        self.second.weight = self.norm_tied = nn.Parameter(torch.randn(6, 6))
+        self.frozen = nn.Linear(6, 6).requires_grad_(False)
+        self.register_buffer("mean", torch.zeros(6))
+        self.plain = torch.zeros(6)
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.seen = x.detach()
+        self.plain += 1
+        self.mean = self.mean * 0.9 + x.mean(0).detach() * 0.1  # replaced, not changed in place
+        return self.second(torch.dropout(self.norm(self.first(self.frozen(x))), 0.5, True))
+
+
+def picture(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return every byte of state, with the identity of the objects that a user may hold."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers()), "plain": model.plain}
+    return {
+        "bytes": {name: tensor.detach().numpy().tobytes() for name, tensor in tensors.items()},
+        "same": {name: (id(tensor), tensor.data_ptr(), tensor.requires_grad) for name, tensor in tensors.items()},
+        "grads": {name: None if p.grad is None else (id(p.grad), p.grad.numpy().tobytes()) for name, p in model.named_parameters()},
+        "modes": [module.training for module in model.modules()],
+        "attributes": {name: sorted(vars(module)) for name, module in model.named_modules()},
+        "calls": model.calls,
+        "optimizer": repr(optimizer.state_dict()),
+        "state": {id(p): {k: id(v) for k, v in state.items() if isinstance(v, torch.Tensor)} for p, state in optimizer.state.items()},
+    }
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 2) -> None:
+    for _ in range(steps):
+        model.zero_grad()
+        model(torch.randn(4, 6)).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, lambda p: torch.optim.SGD(p, momentum=0.9)])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_every_byte_and_every_object_comes_back(kind: Callable[..., torch.optim.Optimizer], resumed: bool) -> None:
+    torch.manual_seed(0)
+    model = Busy()
+    optimizer = kind(model.parameters())
+    if resumed:
+        train(model, optimizer)
+    model.second.eval()
+    before = picture(model, optimizer)
+    snapshot = Snapshot(model, optimizer, CPU)
+    model.train()
+    train(model, optimizer)
+    optimizer.param_groups[0]["lr"] = 99.0
+    model.frozen.weight.requires_grad_(True)
+    model.first.weight_seen = torch.zeros(3)
+    snapshot.restore()
+    assert picture(model, optimizer) == before
+
+
+def test_gradients_that_were_there_come_back_as_the_same_tensors() -> None:
+    model = nn.Linear(2, 2)
+    model.weight.grad = gradient = torch.ones(2, 2)
+    snapshot = Snapshot(model, None, CPU)
+    assert model.weight.grad is None
+    model(torch.ones(1, 2)).sum().backward()
+    snapshot.restore()
+    assert model.weight.grad is gradient
+    assert gradient.tolist() == [[1.0, 1.0], [1.0, 1.0]]
+    assert model.bias.grad is None
+
+
+def test_dropping_keeps_the_state_of_a_resumed_optimizer() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    model.bias.grad = None
+    optimizer.step()
+    snapshot = Snapshot(model, optimizer, CPU)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert set(optimizer.state) == {model.weight, model.bias}
+    snapshot.drop_created()
+    assert set(optimizer.state) == {model.weight}
+    assert model.weight.grad is None
+    snapshot.restore()
+    assert float(optimizer.state[model.weight]["step"]) == 1
+
+
+def test_buffers_elsewhere_are_moved_for_the_trials_and_back() -> None:
+    model = nn.BatchNorm1d(2, affine=False)
+    before = [(id(t), t.data_ptr(), t.device.type) for t in model.buffers()]
+    snapshot = Snapshot(model, None, torch.device("meta"))
+    assert {t.device.type for t in model.buffers()} == {"meta"}
+    snapshot.restore()
+    assert [(id(t), t.data_ptr(), t.device.type) for t in model.buffers()] == before
+
+
+def test_lazy_parameters_are_refused_and_nothing_is_changed() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2))
+    model[0].weight.grad = gradient = torch.ones(2, 2)
+    with pytest.raises(InvalidRequest, match="'weight' is not initialised yet"):
+        Snapshot(model, None, CPU)
+    assert model[0].weight.grad is gradient
+
+
+def test_random_states_come_back_after_an_interrupt() -> None:
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    with pytest.raises(KeyboardInterrupt), keep_random_state():
+        first = draw()
+        raise KeyboardInterrupt
+    assert draw() == first
+
+
+def test_resident_bytes_count_shared_storage_once() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    assert resident_bytes(model, None) == 2 * 64
+    model[1].weight = model[0].weight
+    assert resident_bytes(model, None) == 64
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert resident_bytes(model, optimizer) == 64 * 4 + 4  # weight, gradient, two moments and the step count
