@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from autobatch.core.records import Setting as Setting
     from autobatch.core.records import Trying as Trying
     from autobatch.finder import find as find
+    from autobatch.finder import search as search
     from autobatch.workload.workload import Workload as Workload
     from autobatch.workload.workload import build_workload as build_workload
 
@@ -45,9 +46,10 @@ _HOMES = {
     "WorkloadFailed": "autobatch.core.errors",
     "build_workload": "autobatch.workload.workload",
     "find": "autobatch.finder",
+    "search": "autobatch.finder",
 }
 
-__all__ = sorted(["__version__", *_HOMES])  # noqa: PLE0605
+__all__ = sorted(["__version__", *_HOMES])
 
 
 def __getattr__(name: str) -> Any:

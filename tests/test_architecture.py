@@ -22,10 +22,11 @@ MAY_IMPORT = {
     "workload": {"core", "examples"},
     "probe": {"core", "devices", "workload", "_version"},
     "simulate": {"core", "devices", "workload"},
-    "finder": {"core", "devices", "workload", "probe", "simulate"},
+    "loop": {"core"},
+    "finder": {"core", "probe", "loop"},
     "examples": {"core", ""},
     "": {"core", "workload", "finder", "_version"},
-    "cli": {"core", "devices", "probe", "simulate", "finder", "report", "_version"},
+    "cli": {"core", "devices", "probe", "simulate", "loop", "report", "_version"},
     "__main__": {"cli"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -85,7 +86,7 @@ def test_only_the_command_line_and_the_examples_print_or_exit() -> None:
 
 def test_no_file_is_too_long_to_read_at_once() -> None:
     lengths = {str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in MODULES}
-    assert {name: length for name, length in lengths.items() if length > 320} == {}
+    assert {name: length for name, length in lengths.items() if length > 300} == {}
 
 
 def test_exported_names_are_sorted_documented_and_importable() -> None:
@@ -97,12 +98,15 @@ def test_exported_names_are_sorted_documented_and_importable() -> None:
     assert set(autobatch.__all__) == {
         "AutobatchError", "BatchPlan", "DeviceUnavailable", "InvalidRequest", "MemoryReading", "NoBatchSizeFits", "Outcome", "Peak",
         "Probe", "Setting", "Trying", "WorkerFailed", "Workload", "WorkloadFailed", "__version__", "build_workload", "find",
+        "search",
     }  # fmt: skip
     with pytest.raises(AttributeError, match="no attribute 'fnid'"):
         autobatch.fnid  # noqa: B018
 
 
-@pytest.mark.parametrize("command", ["import autobatch", "import autobatch.cli", "import autobatch.finder, autobatch.probe.worker"])
+@pytest.mark.parametrize(
+    "command", ["import autobatch", "import autobatch.cli", "import autobatch.finder, autobatch.loop, autobatch.probe.worker"]
+)
 def test_heavy_packages_are_not_loaded_before_they_are_used(command: str) -> None:
     script = f"{command}\nimport sys\nprint(sorted({{'torch', 'pynvml', 'numpy', 'sklearn'}} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -84,7 +84,7 @@ def test_a_plan_goes_to_standard_output_and_everything_else_beside_it(folder: Pa
 @pytest.mark.parametrize(
     ("form", "pattern"),
     [
-        ("text", r"batch size 8 · learning rate 0\.00312 · 13 iterations per epoch\n"),
+        ("text", r"batch size 8 · learning rate 0\.00313 · 13 iterations per epoch\n"),
         ("args", r"--batch-size 8 --lr 0\.003125\n"),
         ("env", r"AUTOBATCH_BATCH_SIZE=8\nAUTOBATCH_LR=0\.003125\n(AUTOBATCH_.*\n)*"),
     ],
@@ -113,12 +113,12 @@ def test_what_the_target_says_counts_and_the_command_line_stands_above_it(folder
         (("probe", "train.py:build", "--device", "cpu", "--memory-budget", "900TiB"), 2, "900.00 TiB"),
         (("probe", "nowhere.py:build"), 2, "There is no file 'nowhere.py'"),
         (("probe", "train.py:biuld", *FAST), 2, "train.py has no function 'biuld'"),
-        (("probe", "train.py:build", "--device", "cuda:99"), 3, "cuda"),
+        (("probe", "train.py:build", "--device", "cuda:99"), 3, "CUDA"),
         (("probe", "train.py:build", "--device", "cpu", "--memory-budget", "2MiB"), 4, "Not even batch size 1 fits"),
         (("probe", "train.py:wrong", *FAST), 5, "train.py:wrong returned a int; wanted is a Workload"),
         (("probe", "train.py:shapes", *FAST), 5, "the workload failed at batch size 1, for reasons of its own (not memory)"),
-        (("probe", "train.py:killed", *FAST), 6, "The worker was killed by SIGKILL at batch size 2"),
-        (("probe", "train.py:hangs", *FAST, "--probe-timeout", "1"), 6, "gave no answer within 1 seconds at batch size 2"),
+        (("probe", "train.py:killed", *FAST, "--max-batch-size", "2"), 6, "The worker was killed by SIGKILL at batch size 2"),
+        (("probe", "train.py:hangs", *FAST, "--max-batch-size", "2", "--probe-timeout", "1"), 6, "gave no answer within 1 seconds at batch size 2"),
     ],
 )
 def test_every_way_to_fail_has_its_code_and_one_message(folder: Path, arguments: tuple[str, ...], code: int, message: str) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from autobatch.core.options import PlanRequest
 from autobatch.core.plan import BatchPlan, make_plan
-from autobatch.core.records import MemoryReading, Outcome, Peak, PlanRequest, Probe, ProcessMemory, SearchSpace, Setting
+from autobatch.core.records import MemoryReading, Outcome, Peak, Probe, ProcessMemory, SearchSpace, Setting
 from autobatch.core.units import GIB, MIB
 from autobatch.report.lines import answer_line, args_line, env_lines, plain, plan_lines, probe_line, setting_lines
 
@@ -67,9 +68,7 @@ def test_a_whole_plan() -> None:
 
 def test_a_plan_over_accumulation_ranks_and_epochs() -> None:
     request = PlanRequest(base_lr=0.1, global_batch_size=1024, world_size=4, epochs=10, dataset_size=100_000)
-    lines = plan_lines(
-        plan_of(64, dataclasses.replace(SETTING, group_lrs=()), request, limited_by="global_batch_size", best=64)
-    )
+    lines = plan_lines(plan_of(64, dataclasses.replace(SETTING, group_lrs=()), request, limited_by="global_batch_size", best=64))
     assert lines[:7] == [
         "batch size        64 per device",
         "accumulation      4 batches per optimizer step; divide each loss by that number",
@@ -83,9 +82,7 @@ def test_a_plan_over_accumulation_ranks_and_epochs() -> None:
 
 
 def test_a_plan_that_knows_little_shows_little() -> None:
-    plan = BatchPlan(
-        batch_size=8, global_batch_size=8, limited_by="memory", best=8, exact=True, budget=0, cap=0, margin=0, device="cpu"
-    )
+    plan = BatchPlan(batch_size=8, global_batch_size=8, limited_by="memory", best=8, exact=True, budget=0, cap=0, margin=0, device="cpu")
     assert plan_lines(plan) == [
         "batch size        8",
         "peak allocated    peak unknown, cap 0 B",

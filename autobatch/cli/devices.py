@@ -44,6 +44,4 @@ def _report(name: str, memory_budget: str | None, margin: float) -> DeviceReport
     device = open_device(name)
     reading = device.memory()
     budget, cap, notes = set_budget(reading, memory_budget, margin)
-    return DeviceReport(
-        name=name, description=device.description, reading=reading, budget=budget, cap=cap, notes=(*reading.notes, *notes)
-    )
+    return DeviceReport(name=name, description=device.description, reading=reading, budget=budget, cap=cap, notes=(*reading.notes, *notes))

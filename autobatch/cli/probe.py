@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from autobatch.cli.progress import Display
-from autobatch.core.records import PlanRequest
+from autobatch.core.options import PlanRequest, SearchOptions
 from autobatch.report.lines import answer_line, args_line, env_lines, plan_lines
 
 _STEP = ("precision", "mode", "optimizer", "base_lr")
@@ -18,7 +18,11 @@ _STEP = ("precision", "mode", "optimizer", "base_lr")
 @click.command()
 @click.argument("target")
 @click.option("--device", help="cuda, cuda:N or cpu; by default the current GPU, else the CPU.")
-@click.option("--memory-budget", metavar="AMOUNT", help="20GiB, bytes, or a fraction of the device such as 0.5; by default all that is free.")
+@click.option(
+    "--memory-budget",
+    metavar="AMOUNT",
+    help="20GiB, bytes, or a fraction of the device such as 0.5; by default all that is free.",
+)
 @click.option("--margin", type=float, default=0.05, show_default=True, help="Fraction of the budget kept free in every trial.")
 @click.option("--min-batch-size", type=int, default=1, show_default=True)
 @click.option("--max-batch-size", type=int, help="By default 1,048,576, or the data set's size.")
@@ -64,7 +68,7 @@ def probe(target: str, as_json: bool, form: str, **options: Any) -> None:
 
 def _search(target: str, options: dict[str, Any]) -> Any:
     """Return the plan for ``target``, its progress shown while it is found."""
-    from autobatch.finder import Run, SearchOptions
+    from autobatch.loop import Run
     from autobatch.probe.worker import WorkerProber
 
     search = SearchOptions(**{key: options[key] for key in SearchOptions.__dataclass_fields__})
@@ -80,7 +84,11 @@ def _search(target: str, options: dict[str, Any]) -> Any:
         try:
             # What the user's code prints must not mix with the answer on standard output.
             prober = WorkerProber(
-                target=target, options=where, probe_timeout=options["probe_timeout"], stdout=sys.stderr.fileno(), stderr=display.write
+                target=target,
+                options=where,
+                probe_timeout=options["probe_timeout"],
+                stdout=sys.stderr.fileno(),
+                stderr=display.write,
             )
             with contextlib.closing(prober):
                 return Run(prober, request, search, display).plan()
@@ -90,4 +98,3 @@ def _search(target: str, options: dict[str, Any]) -> Any:
         except BaseException:
             display.failed()
             raise
-

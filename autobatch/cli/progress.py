@@ -80,5 +80,3 @@ class Display:
 def _bracket(trying: Trying) -> str:
     best = "nothing fitted yet" if trying.best is None else f"{trying.best:,} fits"
     return best if trying.wall is None else f"{best}, {trying.wall:,} does not"
-
-

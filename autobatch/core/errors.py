@@ -37,12 +37,12 @@ class NoBatchSizeFits(AutobatchError):
     Attributes:
         batch_size: the smallest permitted batch size, which was run and did not fit.
         needed: bytes that it needs, as far as they are known; ``None`` when nothing could be measured.
-        available: bytes a trial was allowed to use.
+        available: bytes a trial was allowed to use; ``None`` where nothing limits it but the hardware.
     """
 
     exit_code = 4
 
-    def __init__(self, message: str, *, batch_size: int, needed: int | None, available: int) -> None:
+    def __init__(self, message: str, *, batch_size: int, needed: int | None, available: int | None) -> None:
         super().__init__(message)
         self.batch_size = batch_size
         self.needed = needed
@@ -55,14 +55,16 @@ class WorkloadFailed(AutobatchError):
     Attributes:
         traceback_text: the user's traceback as text, empty when the failure has none.
         batch_size: the batch size at which the step failed; ``None`` while loading.
+        original: the user's own exception, where it happened in a worker and could be sent back.
     """
 
     exit_code = 5
 
-    def __init__(self, message: str, *, traceback_text: str = "", batch_size: int | None = None) -> None:
+    def __init__(self, message: str, *, traceback_text: str = "", batch_size: int | None = None, original: Exception | None = None) -> None:
         super().__init__(message)
         self.traceback_text = traceback_text
         self.batch_size = batch_size
+        self.original = original
 
 
 class WorkerFailed(AutobatchError):

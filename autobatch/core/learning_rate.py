@@ -8,13 +8,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from types import MappingProxyType
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from autobatch.core.errors import InvalidRequest
-from autobatch.core.records import PlanRequest, Setting
+from autobatch.core.records import Setting
+
+if TYPE_CHECKING:
+    from autobatch.core.options import PlanRequest
 
 CustomRule = Callable[[float, int, int], float]
 
+# The global batch size that learning rates are taken to suit where nothing else is said: the one of Goyal et al. 2017.
+BASE_BATCH_SIZE = 256
 # The largest growth of the batch for which the linear rule was published without loss of accuracy: 256 to 8,192.
 EVIDENCED_GROWTH = 32
 
@@ -135,8 +140,7 @@ def check_rule(rule: str | CustomRule) -> None:
     """
     if not callable(rule) and not (isinstance(rule, str) and (rule in RULES or rule == "auto")):
         raise InvalidRequest(
-            f"lr_rule is {rule!r}; known: {', '.join(RULES)}, auto, or a callable "
-            "rule(base_lr, global_batch, base_batch) -> learning rate."
+            f"lr_rule is {rule!r}; known: {', '.join(RULES)}, auto, or a callable rule(base_lr, global_batch, base_batch) -> learning rate."
         )
 
 
@@ -189,15 +193,13 @@ def group_rates(setting: Setting, request: PlanRequest, global_batch: int) -> Gr
     scaled = scale(request.lr_rule, float(base_lr), global_batch, request.base_batch_size, setting.optimizer_name)
     lrs = () if own is None else tuple(scaled.lr * (lr / own) for lr in groups)
     notes = []
-    if request.base_lr is None and scaled.scale != 1:
+    if request.base_lr is None and request.base_batch_size == BASE_BATCH_SIZE and scaled.scale != 1:
         notes.append(
             f"the optimizer's learning rate {base_lr:.6g} is taken to suit a global batch of {request.base_batch_size:,} rows; "
             "if it was tuned at another, pass base_batch_size="
         )
     if request.base_lr is not None and len(groups) > 1 and own is not None:
-        notes.append(
-            f"base_lr {base_lr:.6g} replaces the optimizer's {own:.6g}; its other parameter groups keep their ratio to that"
-        )
+        notes.append(f"base_lr {base_lr:.6g} replaces the optimizer's {own:.6g}; its other parameter groups keep their ratio to that")
     return GroupRates(base_lr=float(base_lr), scaled=scaled, lrs=lrs, notes=(*notes, *scaled.caveats))
 
 

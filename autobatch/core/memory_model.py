@@ -155,5 +155,3 @@ def _through(points: dict[int, int]) -> Line | None:
     below = max((size for size in sizes[:-1] if size <= top / 2), default=sizes[0])
     slope = max(0.0, (points[top] - points[below]) / (top - below))
     return Line(base=points[top] - slope * top, per_sample=slope)
-
-

@@ -9,9 +9,10 @@ from typing import Any
 
 from autobatch.core.errors import InvalidRequest
 from autobatch.core.learning_rate import GroupRates, group_rates
+from autobatch.core.options import PlanRequest
 from autobatch.core.plan_notes import plan_notes
 from autobatch.core.record_json import from_plain, to_plain
-from autobatch.core.records import PlanRequest, Probe, SearchSpace, Setting
+from autobatch.core.records import Probe, SearchSpace, Setting
 
 SCHEMA = 1
 # Goyal et al. 2017 ramp the learning rate up over the first five epochs.
@@ -52,9 +53,7 @@ def micro_batch(global_batch_size: int, world_size: int, largest: int, multiple_
     steps = _divide_up(global_batch_size, world_size * last)
     size = max(first, _round_up(_divide_up(global_batch_size, world_size * steps), multiple_of))
     effective = size * world_size * steps
-    return MicroBatch(
-        batch_size=size, accumulation_steps=steps, global_batch_size=effective, deviation=effective - global_batch_size
-    )
+    return MicroBatch(batch_size=size, accumulation_steps=steps, global_batch_size=effective, deviation=effective - global_batch_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from autobatch.core.records import PlanRequest, SearchSpace, Setting
+from autobatch.core.options import PlanRequest
+from autobatch.core.records import SearchSpace, Setting
 
 if TYPE_CHECKING:
     from autobatch.core.plan import BatchPlan
 
 NO_OPTIMIZER = (
-    "no optimizer given: its step and its state are not counted, so training needs more memory than was measured; "
-    "pass optimizer="
+    "no optimizer given: its step and its state are not counted, so training needs more memory than was measured; pass optimizer="
 )
 
 
@@ -59,9 +59,7 @@ def _data_set(plan: BatchPlan) -> list[str]:
             "an epoch is one optimizer step over what there is"
         ]
     if plan.limited_by == "dataset" and plan.steps_per_epoch == 1:
-        return [
-            f"all {rows:,} rows of the data set are in one batch: an epoch is one optimizer step; max_batch_size= gives more"
-        ]
+        return [f"all {rows:,} rows of the data set are in one batch: an epoch is one optimizer step; max_batch_size= gives more"]
     return []
 
 
@@ -75,7 +73,5 @@ def _search(plan: BatchPlan, space: SearchSpace) -> list[str]:
             f"not exact: next untested size is {following:,}; from {plan.wall:,} on, the memory that the probes used predicts "
             "that it does not fit; tolerance=0 proves it with a trial that fails"
         ]
-    remedy = (
-        "a longer time_limit= goes on from there" if plan.limited_by == "time_limit" else "tolerance=0 leaves none untested"
-    )
+    remedy = "a longer time_limit= goes on from there" if plan.limited_by == "time_limit" else "tolerance=0 leaves none untested"
     return [f"not exact: next untested size is {following:,}; {remedy}"]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any
 
 from autobatch.core.errors import InvalidRequest
 
@@ -224,61 +223,6 @@ class Setting:
     environment: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanRequest:
-    """What the answer is wanted for: everything about training that is not the search itself.
-
-    Attributes:
-        base_lr: learning rate tuned at ``base_batch_size``; ``None`` takes the optimizer's own.
-        base_batch_size: global batch size ``base_lr`` belongs to.
-        lr_rule: ``"linear"``, ``"sqrt"``, ``"none"``, ``"auto"``, or a callable ``rule(base_lr, global_batch, base_batch) -> lr``.
-        global_batch_size: rows one optimizer step should see, over accumulation and ranks.
-        dataset_size: rows in the data set; caps the batch size.
-        epochs: passes over the data set.
-        world_size: ranks training together.
-        objective: ``"memory"`` or ``"throughput"``.
-    """
-
-    base_lr: float | None = None
-    base_batch_size: int = 256
-    lr_rule: Any = "linear"
-    global_batch_size: int | None = None
-    dataset_size: int | None = None
-    epochs: int | None = None
-    world_size: int = 1
-    objective: str = "memory"
-
-    def __post_init__(self) -> None:
-        counts = ("base_batch_size", "global_batch_size", "dataset_size", "epochs", "world_size")
-        for name in counts:
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise InvalidRequest(f"{name} is {value!r}; a whole number of 1 or more is wanted.")
-        if self.base_lr is not None and not (
-            isinstance(self.base_lr, (int, float)) and math.isfinite(self.base_lr) and self.base_lr > 0
-        ):
-            raise InvalidRequest(f"base_lr is {self.base_lr!r}; a learning rate above zero is wanted, for example 0.1.")
-        if self.objective not in ("memory", "throughput"):
-            raise InvalidRequest(f"objective is {self.objective!r}; known: memory, throughput.")
-
-    def with_defaults(self, defaults: Mapping[str, Any]) -> PlanRequest:
-        """Return this request with ``defaults`` where it still has its own default value."""
-        return with_defaults(self, defaults)
-
-
-Options = TypeVar("Options")
-
-
-def with_defaults(options: Options, defaults: Mapping[str, Any]) -> Options:
-    """Return the record ``options`` with ``defaults`` in those fields that still have the record's own default value."""
-    changes = {
-        f.name: defaults[f.name]
-        for f in dataclasses.fields(options)  # type: ignore[arg-type]
-        if f.name in defaults and getattr(options, f.name) == f.default
-    }
-    return dataclasses.replace(options, **changes)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

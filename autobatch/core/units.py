@@ -44,7 +44,10 @@ def parse_bytes(text: str) -> int:
         )
     if unit not in _UNITS:
         raise InvalidRequest(f"{text!r} has an unknown unit {match.group(2)!r}. Known: KiB, MiB, GiB, TiB.")
-    count = math.floor(float(number) * _UNITS[unit])
+    size = float(number) * _UNITS[unit]
+    if not math.isfinite(size):
+        raise InvalidRequest(f"{text[:20]}… is more memory than can be counted. Give an amount such as 20GiB.")
+    count = math.floor(size)
     if count <= 0:
         raise InvalidRequest(f"{text!r} is no memory at all. Give an amount above zero, for example 20GiB.")
     return count

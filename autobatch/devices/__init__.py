@@ -14,14 +14,7 @@ def open_device(device: Any = None) -> Device:
     Raises:
         DeviceUnavailable: there is no such device here, or its memory cannot be held to a limit.
     """
-    import torch
-
-    if device is None:
-        device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
-    try:
-        parsed = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise DeviceUnavailable(f"{device!r} is no device. Known here: cuda, cuda:0 and so on, cpu.") from None
+    parsed = _parsed(device)
     if parsed.type == "cpu":
         from autobatch.devices.cpu import CpuDevice
 
@@ -36,8 +29,28 @@ def open_device(device: Any = None) -> Device:
     )
 
 
+def device_type(device: Any = None) -> str:
+    """Return what kind of device the name stands for, ``"cpu"`` or ``"cuda"``, whether or not there is one.
+
+    Raises:
+        DeviceUnavailable: it is no name of a device.
+    """
+    return str(_parsed(device).type)
+
+
 def device_names() -> list[str]:
     """Return torch's names of the devices here that autobatch can probe on."""
     import torch
 
     return [*(f"cuda:{index}" for index in range(torch.cuda.device_count())), "cpu"]
+
+
+def _parsed(device: Any) -> Any:
+    import torch
+
+    if device is None:
+        device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise DeviceUnavailable(f"{device!r} is no device. Known here: cuda, cuda:0 and so on, cpu.") from None

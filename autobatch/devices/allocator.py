@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+from collections.abc import Iterator
 
 from autobatch.core.units import KIB, MIB
 
+# Blocks of this size or more come from the kernel, smaller ones from the heap.
+_LARGE = 64 * KIB
 # mallopt keys (malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
 def exact_allocator() -> None:
     """Take every block of 64 KiB or more from the kernel and give it back at once; steps get some 15 % slower for it."""
-    _mallopt((_M_MMAP_THRESHOLD, 64 * KIB), (_M_TRIM_THRESHOLD, 128 * KIB), (_M_ARENA_MAX, 1))
+    _mallopt((_M_MMAP_THRESHOLD, _LARGE), (_M_TRIM_THRESHOLD, 128 * KIB), (_M_ARENA_MAX, 1))
 
 
 def usual_allocator() -> None:
@@ -25,6 +29,39 @@ def trim() -> None:
     """Give free blocks back to the kernel."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextlib.contextmanager
+def filled_holes() -> Iterator[None]:
+    """Take up the heap's free stretches, which malloc gives large blocks before it asks the kernel.
+
+    A tensor in such a stretch would neither count against a limit on address space nor leave resident memory when it is freed.
+    """
+    library, held, size = _library(), [], 64 * MIB
+    while library is not None and size >= _LARGE:
+        block = library.malloc(size)
+        if block and block < library.sbrk(0):  # mapped blocks lie above the heap
+            held.append(block)
+        else:
+            library.free(block)
+            size //= 2
+    try:
+        yield
+    finally:
+        for block in held:
+            library.free(block)  # type: ignore[union-attr]
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    try:
+        library = ctypes.CDLL(None)
+        library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+        library.sbrk.restype, library.sbrk.argtypes = ctypes.c_void_p, [ctypes.c_ssize_t]
+        library.free.restype, library.free.argtypes = None, [ctypes.c_void_p]
+    except (OSError, AttributeError):
+        return None
+    return library
 
 
 def _mallopt(*settings: tuple[int, int]) -> None:

@@ -60,16 +60,17 @@ class Device(Protocol):
     def release(self) -> None:
         """Give cached blocks back."""
 
-    def classify(self, error: BaseException) -> Outcome | None:
-        """Return the outcome that ``error`` stands for, ``None`` for the user's own errors."""
+    def classify(self, error: BaseException, *, ran_before: bool = False) -> Outcome | None:
+        """Return the outcome that ``error`` stands for, ``None`` for the user's own errors.
+
+        ``ran_before`` says that the same step ran with fewer rows, which decides messages that are in doubt.
+        """
 
     def environment(self) -> dict[str, str]:
         """Return what an answer depends on: the hardware and its versions."""
 
 
-def set_budget(
-    reading: MemoryReading, memory_budget: int | float | str | None, margin: float
-) -> tuple[int, int, tuple[str, ...]]:
+def set_budget(reading: MemoryReading, memory_budget: int | float | str | None, margin: float) -> tuple[int, int, tuple[str, ...]]:
     """Return the budget and the cap in bytes, and notes: what a step may use, and what a trial may use.
 
     Args:
@@ -101,16 +102,16 @@ def set_budget(
 
 def _amount(memory_budget: int | float | str, capacity: int) -> int:
     """Return the bytes that ``memory_budget`` names; a number of at most 1 is a fraction of ``capacity``."""
-    whole = isinstance(memory_budget, str) and memory_budget.strip().endswith("%")
     if isinstance(memory_budget, str):
+        text = memory_budget.strip()
         try:
-            memory_budget = float(memory_budget.strip().rstrip("%"))
+            memory_budget = float(text.rstrip("%"))
         except ValueError:
-            return parse_bytes(memory_budget)
+            return parse_bytes(text)
+        if text.endswith("%"):
+            memory_budget = memory_budget / 100 * capacity
     if isinstance(memory_budget, bool) or not isinstance(memory_budget, (int, float)) or not 0 < memory_budget < math.inf:
         raise InvalidRequest(
             f"memory_budget is {memory_budget!r}; give bytes, text such as '20GiB', or a fraction of the device such as 0.5."
         )
-    if whole:
-        return math.floor(capacity * memory_budget / 100)
     return math.floor(capacity * memory_budget) if memory_budget <= 1 else math.floor(memory_budget)

@@ -20,14 +20,18 @@ import psutil
 
 from autobatch.core.errors import DeviceUnavailable
 from autobatch.core.records import MemoryReading, Outcome, Peak
-from autobatch.core.units import KIB
+from autobatch.core.units import KIB, MIB
 from autobatch.devices import allocator, oom
 from autobatch.devices.cgroup import ControlGroup
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
+_MAPS = Path("/proc/self/maps")
+# Address space for oneDNN's generated code in the first step of a trial; what was really generated is counted after it.
+_CODE_ROOM = 16 * MIB
 
-# oneDNN says the same for a kernel it has not and for memory it does not get; only where much of the limit is in use is it memory.
+# oneDNN says the same of a kernel it has not and of memory it does not get. It is memory where the same step ran with fewer rows, so
+# that its kernels exist, or where much of the limit is in use.
 _ONEDNN = "could not create a"
 _NEARLY = 0.5
 
@@ -75,6 +79,8 @@ class CpuDevice:
         self.description = f"CPU, {os.cpu_count()} cores"
         self._group = ControlGroup.of_this_process()
         self._limit = 0
+        self._ceilings: tuple[int, int] | None = None  # the address-space limits outside the trial, None outside a trial
+        self._start, self._resets = 0, 0
         self._floor = 0  # anonymous bytes at the trial's start less the tensors among them
 
     @contextlib.contextmanager
@@ -106,26 +112,41 @@ class CpuDevice:
         """Let tensors take at most ``limit`` bytes, ``held`` of which are resident now; more raises as on a full machine."""
         import resource
 
-        now = _Process.read()
-        self._limit, self._floor = limit, now.anonymous - held
-        soft, hard = _address_space_limit()
-        wanted = now.virtual + max(0, limit - held)
         before = resource.getrlimit(resource.RLIMIT_AS)
-        ceiling = min([wanted, *(value for value in (soft, hard) if value is not None)])
-        resource.setrlimit(resource.RLIMIT_AS, (ceiling, before[1]))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_AS, before)
+        with allocator.filled_holes():
+            now = _Process.read()
+            self._limit, self._floor, self._ceilings, self._resets = limit, now.anonymous - held, before, 0
+            self._start = now.virtual - held - _generated_code()
+            try:
+                self._set_ceiling(_CODE_ROOM)
+                yield
+            finally:
+                resource.setrlimit(resource.RLIMIT_AS, before)
+                self._ceilings = None
+
+    def _set_ceiling(self, room: int) -> None:
+        """Let the address space grow to the limit: oneDNN's generated code, as large as the shapes are new, comes on top."""
+        import resource
+
+        if self._ceilings is not None:
+            soft, hard = (sys.maxsize if value == resource.RLIM_INFINITY else value for value in self._ceilings)
+            wanted = self._start + max(0, self._limit) + _generated_code() + room
+            resource.setrlimit(resource.RLIMIT_AS, (min(wanted, soft, hard), self._ceilings[1]))
 
     def reset_peaks(self) -> None:
         """Start the high-water mark again from what is resident now."""
+        self._resets += 1
+        if self._resets > 1:  # the first step has generated its code: from here on the limit is exact
+            self._set_ceiling(0)
         _CLEAR_REFS.write_text("5")
 
     def peak(self) -> Peak:
-        """Return the bytes of tensors at the highest point since the last reset."""
+        """Return the bytes of tensors at the highest point since the last reset.
+
+        What is seen above the limit lay in small blocks of pages mapped before the trial: the limit refuses everything else.
+        """
         now = _Process.read()
-        return Peak(allocated=max(0, now.highest - now.files - self._floor))
+        return Peak(allocated=min(max(0, now.highest - now.files - self._floor), self._limit))
 
     def allocated(self) -> int:
         """Return the anonymous bytes resident now: tensors, and the interpreter's own objects."""
@@ -146,10 +167,10 @@ class CpuDevice:
         """Give free blocks back to the kernel."""
         allocator.trim()
 
-    def classify(self, error: BaseException) -> Outcome | None:
+    def classify(self, error: BaseException, *, ran_before: bool = False) -> Outcome | None:
         """Return the outcome ``error`` stands for; RAM is this device's memory, so running out of it is ``oom``."""
         known = oom.classify(error, on_cpu=True)
-        if known is None and _ONEDNN in str(error) and self.peak().allocated > _NEARLY * self._limit:
+        if known is None and _ONEDNN in str(error) and (ran_before or self.peak().allocated > _NEARLY * self._limit):
             return Outcome.OOM
         return known
 
@@ -166,6 +187,17 @@ def _address_space_limit() -> tuple[int | None, int | None]:
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     return tuple(None if value == resource.RLIM_INFINITY else value for value in (soft, hard))  # type: ignore[return-value]
+
+
+def _generated_code() -> int:
+    """Return the bytes of address space that code made at run time takes: executable, and of no file."""
+    total = 0
+    for line in _MAPS.read_text().splitlines():
+        addresses, rights, _, _, inode, *_ = line.split()
+        if "x" in rights and inode == "0" and not line.endswith("]"):
+            start, end = addresses.split("-")
+            total += int(end, 16) - int(start, 16)
+    return total
 
 
 def _bring_in_libraries() -> None:

@@ -75,9 +75,7 @@ class CudaDevice:
 
     def peak(self) -> Peak:
         """Return the allocator's highest figures since the last reset."""
-        return Peak(
-            allocated=self._cuda.max_memory_allocated(self._index), reserved=self._cuda.max_memory_reserved(self._index)
-        )
+        return Peak(allocated=self._cuda.max_memory_allocated(self._index), reserved=self._cuda.max_memory_reserved(self._index))
 
     def allocated(self) -> int:
         """Return the bytes in blocks that are handed out."""
@@ -102,7 +100,7 @@ class CudaDevice:
         with contextlib.suppress(RuntimeError):
             self._cuda.empty_cache()
 
-    def classify(self, error: BaseException) -> Outcome | None:
+    def classify(self, error: BaseException, *, ran_before: bool = False) -> Outcome | None:  # noqa: ARG002 no message here is in doubt
         """Return the outcome ``error`` stands for."""
         return oom.classify(error)
 

@@ -1,0 +1,1 @@
+"""Small real workloads, loaded as ``example:NAME``."""

@@ -1,0 +1,1 @@
+"""One measured batch size, in this process or in a worker."""

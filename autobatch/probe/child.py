@@ -88,6 +88,7 @@ def _open(request: Mapping[str, Any], requests: IO[bytes]) -> InlineProber:
         margin=options["margin"],
         cap=options["cap"],
         keep_state=False,
+        ran_before=options["ran_before"],
         defaults=defaults,
     )
 

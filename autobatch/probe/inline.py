@@ -28,6 +28,7 @@ class InlineProber:
         memory_budget: bytes, text or fraction; ``None`` for all the device can give.
         margin: fraction of the budget kept free during every trial.
         cap: bytes a trial may use, when they were settled before (a worker that replaces another).
+        ran_before: whether a trial of this workload fitted before, in a worker that this one replaces.
         keep_state: whether the caller needs model, optimizer and random state back afterwards.
         defaults: plan options that came with the workload.
 
@@ -44,9 +45,10 @@ class InlineProber:
         margin: float = 0.05,
         cap: int | None = None,
         keep_state: bool = True,
+        ran_before: bool = False,
         defaults: Mapping[str, Any] | None = None,
     ) -> None:
-        self._workload, self._device, self._first = workload, device, True
+        self._workload, self._device, self._first, self._ran = workload, device, True, ran_before
         with contextlib.ExitStack() as stack:
             self._snapshot = Snapshot(workload.model, workload.optimizer, torch.device(device.name), copies=keep_state)
             stack.callback(self._snapshot.restore)
@@ -71,6 +73,7 @@ class InlineProber:
                 steps=steps,
                 cap=self._cap,
                 drop=self._snapshot.drop_created,
+                ran_before=self._ran,
                 confirmation=confirm,
             )
         except Exception as error:
@@ -79,7 +82,7 @@ class InlineProber:
         if not self._first:
             # The trials' own updates drift, so only the first trial says anything about the user's loss.
             probe = dataclasses.replace(probe, notes=tuple(note for note in probe.notes if note != NOT_FINITE))
-        self._first = False
+        self._first, self._ran = False, self._ran or probe.outcome.fits
         return probe
 
     def close(self) -> None:

@@ -55,11 +55,12 @@ def measure(
     steps: int,
     cap: int,
     drop: Callable[[], None],
+    ran_before: bool = False,
     confirmation: bool = False,
 ) -> Probe:
     """Return what ``steps`` full training steps of ``batch_size`` rows did under ``cap`` bytes.
 
-    ``drop`` frees what the steps added to the model and the optimizer.
+    ``drop`` frees what the steps added to the model and the optimizer; ``ran_before`` says that fewer rows have fitted.
 
     Raises:
         Exception: whatever the user's code raises that is not about memory, as it is.
@@ -73,7 +74,7 @@ def measure(
         with device.cap(cap, held):
             _run(workload, device, batch_size, steps, readings)
     except Exception as error:
-        verdict = device.classify(error)
+        verdict = device.classify(error, ran_before=ran_before)
         if verdict is None:
             raise
         outcome, message = verdict, _first_line(error)
@@ -121,11 +122,11 @@ def _run(workload: Workload, device: Device, batch_size: int, steps: int, readin
             device.synchronize()
             started = time.perf_counter()
             device.reset_peaks()
-            batch = to_device(workload.make_batch(batch_size), target)  # noqa: F841 alive through the optimizer step, as in a loop
+            batch = to_device(workload.make_batch(batch_size), target)
             with _autocast(workload, target):
                 loss, output = workload.loss(model, batch)  # noqa: RUF059
             if loss is not None:
-                (scaler.scale(loss) if scaler is not None else loss).backward()
+                (scaler.scale(loss) if scaler is not None else loss).backward()  # type: ignore[no-untyped-call]
             device.synchronize()
             readings.add_peak("forward_backward", device.peak())
             if optimizer is not None:

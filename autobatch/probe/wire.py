@@ -9,7 +9,9 @@ Replies
 
 from __future__ import annotations
 
+import base64
 import json
+import pickle
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,7 +40,12 @@ def error_to(error: BaseException, traceback_text: str = "") -> dict[str, Any]:
     """Return ``error`` as an object; anything that is not autobatch's own becomes a failed workload."""
     kind = type(error).__name__
     if not isinstance(error, errors.AutobatchError):
-        return {"kind": "WorkloadFailed", "message": f"{kind}: {error}", "traceback": traceback_text}
+        return {
+            "kind": "WorkloadFailed",
+            "message": f"{kind}: {error}",
+            "traceback": traceback_text,
+            "original": _packed(error),
+        }
     return {"kind": kind, "message": str(error), "traceback": traceback_text or getattr(error, "traceback_text", "")}
 
 
@@ -48,5 +55,27 @@ def error_from(data: Mapping[str, Any], batch_size: int | None) -> errors.Autoba
     kind = known.get(data["kind"])
     if kind is not None:
         return kind(data["message"])
-    return errors.WorkloadFailed(data["message"], traceback_text=data["traceback"], batch_size=batch_size)
+    return errors.WorkloadFailed(
+        data["message"], traceback_text=data["traceback"], batch_size=batch_size, original=_unpacked(data.get("original"))
+    )
 
+
+def _packed(error: BaseException) -> str | None:
+    """Return ``error`` pickled, as text; ``None`` for one that cannot be sent."""
+    import cloudpickle
+
+    try:
+        return base64.b64encode(cloudpickle.dumps(error)).decode()
+    except Exception:  # noqa: BLE001 whatever the user's exception does when it is pickled
+        return None
+
+
+def _unpacked(text: str | None) -> Exception | None:
+    """Return the exception packed as ``text``; ``None`` when it cannot be made again here (a class that only the worker has)."""
+    if text is None:
+        return None
+    try:
+        error = pickle.loads(base64.b64decode(text))
+    except Exception:  # noqa: BLE001 whatever the user's exception does when it is made
+        return None
+    return error if isinstance(error, Exception) else None

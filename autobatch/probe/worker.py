@@ -55,9 +55,9 @@ class WorkerProber:
     ) -> None:
         if os.name != "posix":
             raise DeviceUnavailable(
-                f"A worker process needs POSIX pipes, which {sys.platform} has not. Probe in this process: autobatch.find(…, isolate=False)."
+                f"A worker process needs POSIX pipes, which {sys.platform} has not. Probe in this process: find(…, isolate=False)."
             )
-        blank = {"device": None, "memory_budget": None, "margin": 0.05, "cap": None}
+        blank = {"device": None, "memory_budget": None, "margin": 0.05, "cap": None, "ran_before": False}
         self._source = {"target": target} if target is not None else {"payload": len(payload or b"")}
         self._payload, self._options = payload or b"", {**blank, **options}
         self._timeout = probe_timeout
@@ -93,7 +93,9 @@ class WorkerProber:
             self.close()
             raise wire.error_from(reply["error"], batch_size)
         probe = from_plain(Probe, reply["probe"])
-        if not probe.outcome.fits:
+        if probe.outcome.fits:
+            self._options["ran_before"] = True
+        else:
             self.close()
         return probe
 
@@ -232,7 +234,9 @@ class _Worker:
 
     def _advice(self) -> str:
         if self.status == -signal.SIGKILL:
-            return "Something outside killed it: look for the kernel's out-of-memory killer (dmesg) or a job limit, and give --memory-budget."
+            return (
+                "Something outside killed it: look for the kernel's out-of-memory killer (dmesg) or a job limit, and give --memory-budget."
+            )
         if self.status is not None and self.status < 0:
             return "Native code crashed: run one step of the same batch size by hand; the last lines of its standard error are below."
         return "The workload ended the process itself (sys.exit, os._exit): the last lines of its standard error are below."

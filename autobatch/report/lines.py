@@ -117,9 +117,7 @@ def plan_lines(plan: BatchPlan) -> list[str]:
 def _size_rows(plan: BatchPlan) -> list[tuple[str, str]]:
     rows = [("batch size", f"{plan.batch_size:,}" + (" per device" if plan.world_size > 1 else ""))]
     if plan.accumulation_steps > 1:
-        rows.append(
-            ("accumulation", f"{plan.accumulation_steps:,} batches per optimizer step; divide each loss by that number")
-        )
+        rows.append(("accumulation", f"{plan.accumulation_steps:,} batches per optimizer step; divide each loss by that number"))
     if plan.global_batch_size != plan.batch_size:
         steps, devices = _count(plan.accumulation_steps, "accumulation step"), _count(plan.world_size, "device")
         rows.append(("global batch", f"{plan.global_batch_size:,} ({plan.batch_size:,} × {steps} × {devices})"))

@@ -45,6 +45,8 @@ def take_sample(sample: Any) -> Sample:
     """
     if sample is None:
         raise InvalidRequest("No sample given. Give a batch as your training loop gets it, a Dataset, a DataLoader, or make_batch=.")
+    if isinstance(sample, Sample):
+        return sample
     if isinstance(sample, DataLoader):
         return _from_loader(sample)
     if isinstance(sample, Dataset):
@@ -54,6 +56,8 @@ def take_sample(sample: Any) -> Sample:
 
 def dataset_size(sample: Any) -> int | None:
     """Return the rows in a ``Dataset`` or behind a ``DataLoader``; ``None`` for anything else and for streams."""
+    if isinstance(sample, Sample):
+        return sample.dataset_size
     dataset = sample.dataset if isinstance(sample, DataLoader) else sample
     if not isinstance(dataset, Dataset) or isinstance(dataset, IterableDataset):
         return None

@@ -62,7 +62,8 @@ class Snapshot:
                 del self._optimizer.state[parameter]
 
     def _take_module(self, module: nn.Module) -> None:
-        for table in (vars(module), module._modules, module._parameters, module._buffers):
+        tables: list[dict[str, Any]] = [vars(module), module._modules, module._parameters, module._buffers]
+        for table in tables:
             self._undo.append(_table_undo(table))
             for key, tensor in list(table.items()):
                 if isinstance(tensor, nn.Parameter):
@@ -153,7 +154,7 @@ def keep_random_state() -> Iterator[None]:
     python, cpu = random.getstate(), torch.get_rng_state()
     numpy = sys.modules.get("numpy")
     array = numpy.random.get_state() if numpy is not None else None
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     try:
         yield
     finally:

@@ -77,7 +77,9 @@ def _import_module(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
             raise  # the module is there; something it imports is not
-        raise InvalidRequest(f"There is no module {name!r} here (looked in {Path.cwd()} and the installed packages). Write {_FORMS}.") from None
+        raise InvalidRequest(
+            f"There is no module {name!r} here (looked in {Path.cwd()} and the installed packages). Write {_FORMS}."
+        ) from None
 
 
 def _call(function: Callable[[], Any], target: str) -> Any:
@@ -151,7 +153,11 @@ def _huggingface(name: str) -> dict[str, Any]:
     transformers = _need("transformers", f"hf:{name}")
     try:
         config = transformers.AutoConfig.for_model(name)
-        kind = transformers.AutoModelForCausalLM if not name.startswith(("bert", "roberta", "distilbert")) else transformers.AutoModelForMaskedLM
+        kind = (
+            transformers.AutoModelForCausalLM
+            if not name.startswith(("bert", "roberta", "distilbert"))
+            else transformers.AutoModelForMaskedLM
+        )
         model = kind.from_config(config)
     except (ValueError, KeyError) as error:
         raise InvalidRequest(

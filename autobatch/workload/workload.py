@@ -80,7 +80,9 @@ def build_workload(
 
 def _check_choices(model: Any, mode: str, precision: str | None) -> None:
     if not isinstance(model, nn.Module):
-        raise InvalidRequest(f"model is a {type(model).__name__}; a torch.nn.Module is wanted. Give the model itself, not its class or output.")
+        raise InvalidRequest(
+            f"model is a {type(model).__name__}; a torch.nn.Module is wanted. Give the model itself, not its class or output."
+        )
     if mode not in MODES:
         raise InvalidRequest(f"mode is {mode!r}; known: {', '.join(MODES)}.")
     if precision is not None and precision not in PRECISIONS:
@@ -118,9 +120,7 @@ class Loss:
         stood_in: whether the sum of the outputs had to stand in for a loss.
     """
 
-    def __init__(
-        self, loss_fn: Callable[..., Tensor] | None, step: Callable[[nn.Module, Any], Tensor] | None, mode: str
-    ) -> None:
+    def __init__(self, loss_fn: Callable[..., Tensor] | None, step: Callable[[nn.Module, Any], Tensor] | None, mode: str) -> None:
         self._loss_fn, self._step, self._train = loss_fn, step, mode == "train"
         self.stood_in = False
 

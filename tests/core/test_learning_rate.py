@@ -9,7 +9,8 @@ import pytest
 
 from autobatch.core.errors import InvalidRequest
 from autobatch.core.learning_rate import RULES, check_rule, group_rates, optimizer_family, scale
-from autobatch.core.records import MemoryReading, PlanRequest, Setting
+from autobatch.core.options import PlanRequest
+from autobatch.core.records import MemoryReading, Setting
 
 UNKNOWN = 'the optimizer {}is not known: lr_rule "auto" took the more careful square root rule; name one with lr_rule='
 
@@ -132,8 +133,7 @@ def test_an_unknown_rule_is_told_with_those_known(rule: Any) -> None:
         with pytest.raises(InvalidRequest) as caught:
             refuse()
         assert str(caught.value) == (
-            f"lr_rule is {rule!r}; known: linear, sqrt, none, auto, or a callable "
-            "rule(base_lr, global_batch, base_batch) -> learning rate."
+            f"lr_rule is {rule!r}; known: linear, sqrt, none, auto, or a callable rule(base_lr, global_batch, base_batch) -> learning rate."
         )
 
 
@@ -141,8 +141,7 @@ def test_the_optimizers_own_rates_are_scaled_group_by_group() -> None:
     rates = group_rates(setting(0.1, 0.01), PlanRequest(), 512)
     assert (rates.base_lr, rates.lrs) == (0.1, pytest.approx((0.2, 0.02)))
     assert rates.notes == (
-        "the optimizer's learning rate 0.1 is taken to suit a global batch of 256 rows; "
-        "if it was tuned at another, pass base_batch_size=",
+        "the optimizer's learning rate 0.1 is taken to suit a global batch of 256 rows; if it was tuned at another, pass base_batch_size=",
     )
     assert group_rates(setting(0.1, 0.01), PlanRequest(), 256).notes == ()
 
@@ -174,13 +173,11 @@ def test_base_lr_alone_is_enough() -> None:
         ((), "eval", ()),
     ],
 )
-def test_without_a_usable_rate_there_is_none_and_the_remedy_is_told(
-    groups: tuple[float, ...], mode: str, notes: tuple[str, ...]
-) -> None:
+def test_without_a_usable_rate_there_is_none_and_the_remedy_is_told(groups: tuple[float, ...], mode: str, notes: tuple[str, ...]) -> None:
     rates = group_rates(setting(*groups, mode=mode), PlanRequest(), 512)
     assert (rates.base_lr, rates.scaled, rates.lrs, rates.notes) == (None, None, (), notes)
 
 
-def test_a_misspelt_rule_is_refused_even_where_there_is_no_rate() -> None:
+def test_a_misspelt_rule_is_refused_before_anything_runs() -> None:
     with pytest.raises(InvalidRequest, match="lr_rule is 'liner'"):
-        group_rates(setting(), PlanRequest(lr_rule="liner"), 512)
+        PlanRequest(lr_rule="liner")

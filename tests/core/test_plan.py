@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autobatch.core.errors import InvalidRequest
+from autobatch.core.options import PlanRequest
 from autobatch.core.plan import BatchPlan, MicroBatch, make_plan, micro_batch
-from autobatch.core.records import MemoryReading, Outcome, Peak, PlanRequest, Probe, SearchSpace, Setting
+from autobatch.core.records import MemoryReading, Outcome, Peak, Probe, SearchSpace, Setting
 
 NO_OPTIMIZER = (
-    "no optimizer given: its step and its state are not counted, so training needs more memory than was measured; "
-    "pass optimizer="
+    "no optimizer given: its step and its state are not counted, so training needs more memory than was measured; pass optimizer="
 )
 NO_RATE = "no learning rate: pass base_lr= and base_batch_size=, the global batch size it was tuned at"
 
@@ -210,8 +210,7 @@ def test_a_global_batch_that_differs_is_told() -> None:
         "the learning rate is for 102",
     )
     assert plan_of(13, request=PlanRequest(base_lr=0.1, global_batch_size=100, world_size=8)).notes == (
-        "the global batch is 104, not the 100 asked for, so that its parts are equal: 13 rows × 8 devices; "
-        "the learning rate is for 104",
+        "the global batch is 104, not the 100 asked for, so that its parts are equal: 13 rows × 8 devices; the learning rate is for 104",
     )
     assert plan_of(64, request=PlanRequest(base_lr=0.1, global_batch_size=128)).notes == ()
 
@@ -265,8 +264,7 @@ def test_notes_come_in_order_and_once() -> None:
         "no NVML",
         "leak",
         "no loss",
-        "the optimizer's learning rate 0.1 is taken to suit a global batch of 256 rows; "
-        "if it was tuned at another, pass base_batch_size=",
+        "the optimizer's learning rate 0.1 is taken to suit a global batch of 256 rows; if it was tuned at another, pass base_batch_size=",
         "batch size 1 was left out",
     )
 
@@ -345,8 +343,7 @@ def test_a_newer_schema_is_refused_with_the_way_to_read_it() -> None:
     with pytest.raises(InvalidRequest) as caught:
         BatchPlan.from_json('{"schema": 2}')
     assert str(caught.value) == (
-        "The plan has schema 2; this autobatch reads up to 1. "
-        'A newer autobatch wrote it: "pip install --upgrade torch-autobatch" reads it.'
+        'The plan has schema 2; this autobatch reads up to 1. A newer autobatch wrote it: "pip install --upgrade torch-autobatch" reads it.'
     )
 
 

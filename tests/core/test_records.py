@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autobatch.core.errors import InvalidRequest
-from autobatch.core.records import MemoryReading, Outcome, Peak, PlanRequest, Probe, SearchSpace
+from autobatch.core.options import PlanRequest
+from autobatch.core.records import MemoryReading, Outcome, Peak, Probe, SearchSpace
 
 
 def test_only_a_clean_fit_may_be_returned_and_four_outcomes_are_a_wall() -> None:

@@ -40,12 +40,12 @@ def test_the_margin_is_bytes_of_the_budget() -> None:
 def test_a_budget_beyond_what_is_free_is_narrowed_and_the_holders_named() -> None:
     budget, cap, notes = set_budget(READING, 1.0, 0.0)
     assert budget == cap == 20 * GIB
-    assert notes == (
-        "the budget asked for, 24.00 GiB, was narrowed to the 20.00 GiB that can be had now; others hold the rest (pid 77)",
-    )
+    assert notes == ("the budget asked for, 24.00 GiB, was narrowed to the 20.00 GiB that can be had now; others hold the rest (pid 77)",)
 
 
-@pytest.mark.parametrize("memory_budget", [0, -1, 0.0, float("nan"), float("inf"), True, "nothing", "20GB", "-5GiB", "0GiB", [], "25GiB", "200%"])
+@pytest.mark.parametrize(
+    "memory_budget", [0, -1, 0.0, float("nan"), float("inf"), True, "nothing", "20GB", "-5GiB", "0GiB", [], "25GiB", "200%"]
+)
 def test_a_budget_that_cannot_be_meant_is_refused(memory_budget: Any) -> None:
     with pytest.raises(InvalidRequest):
         set_budget(READING, memory_budget, 0.05)
@@ -70,7 +70,10 @@ def test_the_cap_never_exceeds_what_can_be_had(free: int, held: int, capacity: i
 def group(root: Path, version: int, name: str, limit: str, used: int, cache: int) -> None:
     folder = root / name if version == 2 else root / "memory" / name
     folder.mkdir(parents=True, exist_ok=True)
-    files = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"), 2: ("memory.max", "memory.current", "inactive_file")}
+    files = {
+        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        2: ("memory.max", "memory.current", "inactive_file"),
+    }
     limit_file, usage_file, key = files[version]
     (folder / limit_file).write_text(f"{limit}\n")
     (folder / usage_file).write_text(f"{used}\n")

@@ -96,28 +96,28 @@ class Driver:
     def __init__(self, processes: list[tuple[int, int | None]] | None = None, known: bytes = b"GPU-1234-abcd", init: str = "") -> None:
         self.processes, self.known, self.init, self.open = processes, known, init, 0
 
-    def nvmlInit(self) -> None:  # noqa: N802 NVML's own names
+    def nvmlInit(self) -> None:
         if self.init:
             raise self.NVMLError(self.init)
         self.open += 1
 
-    def nvmlShutdown(self) -> None:  # noqa: N802
+    def nvmlShutdown(self) -> None:
         self.open -= 1
 
-    def nvmlDeviceGetHandleByUUID(self, uuid: bytes) -> bytes:  # noqa: N802
+    def nvmlDeviceGetHandleByUUID(self, uuid: bytes) -> bytes:
         if uuid != self.known:
             raise self.NVMLError("Not Found")
         return uuid
 
-    def nvmlDeviceGetComputeRunningProcesses(self, handle: bytes) -> list[Any]:  # noqa: N802
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: bytes) -> list[Any]:
         if self.processes is None:
             raise self.NVMLError("Insufficient Permissions")
         return [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in self.processes]
 
-    def nvmlDeviceGetMemoryInfo(self, handle: bytes) -> Any:  # noqa: N802
+    def nvmlDeviceGetMemoryInfo(self, handle: bytes) -> Any:
         return SimpleNamespace(used=5 * GIB)
 
-    def nvmlSystemGetDriverVersion(self) -> str:  # noqa: N802
+    def nvmlSystemGetDriverVersion(self) -> str:
         return "580.1"
 
 
@@ -172,7 +172,11 @@ def test_peaks_start_again_and_the_cache_is_given_back() -> None:
 def test_other_processes_are_named_largest_first_and_this_one_is_left_out() -> None:
     driver = Driver([(os.getppid(), 2 * GIB), (os.getpid(), GIB), (2**22 + 7, 3 * GIB), (2**22 + 8, None)])
     reading = device(Card(), driver).memory()
-    assert [(other.pid, other.used) for other in reading.others] == [(2**22 + 7, 3 * GIB), (os.getppid(), 2 * GIB), (2**22 + 8, None)]
+    assert [(other.pid, other.used) for other in reading.others] == [
+        (2**22 + 7, 3 * GIB),
+        (os.getppid(), 2 * GIB),
+        (2**22 + 8, None),
+    ]
     assert reading.others[0].name == ""
     assert reading.others[1].name != ""
     assert (reading.source, reading.notes, driver.open) == ("driver and NVML", (), 0)
@@ -181,7 +185,10 @@ def test_other_processes_are_named_largest_first_and_this_one_is_left_out() -> N
 @pytest.mark.parametrize(
     ("driver", "note"),
     [
-        (Driver(init="Driver Not Loaded"), "NVML is not available (Driver Not Loaded), so memory held by other processes is known in sum only"),
+        (
+            Driver(init="Driver Not Loaded"),
+            "NVML is not available (Driver Not Loaded), so memory held by other processes is known in sum only",
+        ),
         (Driver([], known=b"GPU-other"), "it does not know the card 1234-abcd: Not Found"),
         (Driver(None), "NVML does not tell the card's processes: Insufficient Permissions"),
     ],

@@ -15,8 +15,16 @@ OOM, HOST, LIMIT = Outcome.OOM, Outcome.HOST_OOM, Outcome.KERNEL_LIMIT
 # Messages as they are raised in the field, shortened; the exception's type as the source raises it.
 MESSAGES: list[tuple[type[BaseException], str, Outcome | None]] = [
     (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.15 GiB", OOM),
-    (torch.OutOfMemoryError, "CUDA out of memory. Allocation was preemptively rejected because it would exceed per_process_memory_fraction", OOM),
-    (torch.OutOfMemoryError, "Allocation on device 0 would exceed allowed memory. (out of memory)\nCurrently allocated : 9.00 GiB", OOM),
+    (
+        torch.OutOfMemoryError,
+        "CUDA out of memory. Allocation was preemptively rejected because it would exceed per_process_memory_fraction",
+        OOM,
+    ),
+    (
+        torch.OutOfMemoryError,
+        "Allocation on device 0 would exceed allowed memory. (out of memory)\nCurrently allocated : 9.00 GiB",
+        OOM,
+    ),
     (torch.OutOfMemoryError, "HIP out of memory. Tried to allocate 2.00 GiB", OOM),
     (torch.OutOfMemoryError, "XPU out of memory. Tried to allocate 2.00 GiB", OOM),
     (torch.OutOfMemoryError, "a wording of the future", OOM),
@@ -25,8 +33,16 @@ MESSAGES: list[tuple[type[BaseException], str, Outcome | None]] = [
     (torch.AcceleratorError, "CUDA error: out of memory", OOM),
     (RuntimeError, "CUDA driver error: out of memory", OOM),
     (RuntimeError, "HIP error: out of memory", OOM),
-    (RuntimeError, "NVML_SUCCESS == r INTERNAL ASSERT FAILED at \"../c10/cuda/CUDACachingAllocator.cpp\":838, please report a bug", OOM),
-    (RuntimeError, "MPS backend out of memory (MPS allocated: 18.00 GB, other allocations: 1.00 MB, max allowed: 18.13 GB)", OOM),
+    (
+        RuntimeError,
+        'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "../c10/cuda/CUDACachingAllocator.cpp":838, please report a bug',
+        OOM,
+    ),
+    (
+        RuntimeError,
+        "MPS backend out of memory (MPS allocated: 18.00 GB, other allocations: 1.00 MB, max allowed: 18.13 GB)",
+        OOM,
+    ),
     (RuntimeError, "level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)", OOM),
     (RuntimeError, "level_zero backend failed with error: 40 (UR_RESULT_ERROR_OUT_OF_RESOURCES)", OOM),
     (RuntimeError, "level_zero backend failed with error: 38 (UR_RESULT_ERROR_OUT_OF_HOST_MEMORY)", HOST),
@@ -36,14 +52,30 @@ MESSAGES: list[tuple[type[BaseException], str, Outcome | None]] = [
     (RuntimeError, "cuDNN error: CUDNN_STATUS_ALLOC_FAILED", OOM),
     (RuntimeError, "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", OOM),
     (RuntimeError, "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED", HOST),
-    (RuntimeError, "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous input.", OOM),
+    (
+        RuntimeError,
+        "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous input.",
+        OOM,
+    ),
     (RuntimeError, "cuFFT error: CUFFT_ALLOC_FAILED", OOM),
     (RuntimeError, "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`", OOM),
     (RuntimeError, "CUDA error: CUSPARSE_STATUS_INSUFFICIENT_RESOURCES when calling `cusparseSpMM`", OOM),
-    (RuntimeError, "NCCL error: unhandled cuda error. ncclUnhandledCudaError: Call to CUDA function failed. Cuda failure 2 'out of memory'", OOM),
+    (
+        RuntimeError,
+        "NCCL error: unhandled cuda error. ncclUnhandledCudaError: Call to CUDA function failed. Cuda failure 2 'out of memory'",
+        OOM,
+    ),
     (RuntimeError, "Storage size calculation overflowed with sizes=[1152921504606846976]", OOM),
-    (RuntimeError, "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.", HOST),
-    (RuntimeError, "[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.", HOST),
+    (
+        RuntimeError,
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.",
+        HOST,
+    ),
+    (
+        RuntimeError,
+        "[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.",
+        HOST,
+    ),
     (RuntimeError, "std::bad_alloc", HOST),
     (MemoryError, "", HOST),
     (MemoryError, "Unable to allocate 7.45 GiB for an array with shape (1000000000,) and data type float64", HOST),
@@ -54,9 +86,14 @@ MESSAGES: list[tuple[type[BaseException], str, Outcome | None]] = [
     (RuntimeError, "input tensor must fit into 32-bit index math", LIMIT),
     (RuntimeError, "nll_loss2d_forward: at::cuda only supports input with no more than INT_MAX elements", LIMIT),
     (torch.AcceleratorError, "CUDA error: invalid configuration argument", LIMIT),
+    (RuntimeError, "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 68719476736 bytes.", OOM),
     # What is not memory although it may read like it.
     (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate more than 1EB memory.", None),
-    (RuntimeError, "out of resource: shared memory, Required: 180224, Hardware limit: 101376. Reducing block sizes may help.", None),
+    (
+        RuntimeError,
+        "out of resource: shared memory, Required: 180224, Hardware limit: 101376. Reducing block sizes may help.",
+        None,
+    ),
     (torch.AcceleratorError, "CUDA error: device-side assert triggered", None),
     (torch.AcceleratorError, "CUDA error: an illegal memory access was encountered", None),
     (RuntimeError, "CUDA error: misaligned address", None),
@@ -89,7 +126,7 @@ def test_every_sign_has_a_message_that_it_decides() -> None:
 def raised(build: object) -> BaseException:
     try:
         build()  # type: ignore[operator]
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 any exception is what is wanted
         return error
     raise AssertionError("nothing was raised")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -57,7 +58,7 @@ def test_a_trial_that_fits_has_a_peak_for_each_phase(wide: InlineProber) -> None
 
 def test_peaks_grow_by_the_same_bytes_a_row(wide: InlineProber) -> None:
     peaks = [wide.probe(size).forward_backward.allocated for size in (4, 8, 12, 16)]  # type: ignore[union-attr]
-    steps = [after - before for before, after in zip(peaks, peaks[1:], strict=False)]
+    steps = [after - before for before, after in itertools.pairwise(peaks)]
     assert max(steps) - min(steps) <= 0.01 * min(steps)
 
 

@@ -19,7 +19,7 @@ import autobatch
 from autobatch import DeviceUnavailable, InvalidRequest, Outcome, WorkerFailed, WorkloadFailed
 from autobatch.probe.worker import WorkerProber
 
-TARGETS = '''
+TARGETS = """
 import json, os, signal, subprocess, sys, time
 import torch
 from torch import nn
@@ -53,7 +53,7 @@ def parent():
     return options()
 def at_import(): raise OSError("no disk")
 def ends(): sys.exit(7)
-'''
+"""
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def nothing_left_over() -> Iterator[None]:
 
 def prober(target: str, **arguments: Any) -> WorkerProber:
     options = {"device": "cpu", "memory_budget": "64MiB"}
-    return WorkerProber(target=target, options=options, **{"stdout": 2, "stderr": lambda text: None, **arguments})
+    return WorkerProber(target=target, options=options, **{"stdout": 2, "stderr": lambda _: None, **arguments})
 
 
 def test_one_worker_serves_many_probes_and_a_fresh_one_follows_a_failure(target: str) -> None:

@@ -46,7 +46,14 @@ def test_a_batch_is_fresh_and_never_the_sample_itself() -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [(rows(), rows()), [rows(), {"a": rows()}], {"x": rows(), "n": 7}, Pair(rows(), rows()), Graph(rows(), rows()), Encoding(x=rows())],
+    [
+        (rows(), rows()),
+        [rows(), {"a": rows()}],
+        {"x": rows(), "n": 7},
+        Pair(rows(), rows()),
+        Graph(rows(), rows()),
+        Encoding(x=rows()),
+    ],
     ids=lambda value: type(value).__name__,
 )
 def test_nests_keep_their_type(value: Any) -> None:
@@ -58,7 +65,11 @@ def test_nests_keep_their_type(value: Any) -> None:
 
 
 def test_what_is_no_tensor_stays_as_it_is() -> None:
-    assert take_sample({"x": rows(), "mode": "train", "none": None}).grow(1) == {"x": torch.zeros(1), "mode": "train", "none": None}
+    assert take_sample({"x": rows(), "mode": "train", "none": None}).grow(1) == {
+        "x": torch.zeros(1),
+        "mode": "train",
+        "none": None,
+    }
 
 
 @pytest.mark.parametrize(

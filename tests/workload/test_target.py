@@ -53,7 +53,10 @@ def test_what_the_command_line_says_stands_above_the_target(folder: Path) -> Non
     ("target", "message"),
     [
         ("elsewhere.py:build", r"There is no file 'elsewhere.py' \(looked in "),
-        ("my_train.py:biuld", r"my_train.py has no function 'biuld' \(its functions: pair, options, workload, wrong, unknown, broken\)"),
+        (
+            "my_train.py:biuld",
+            r"my_train.py has no function 'biuld' \(its functions: pair, options, workload, wrong, unknown, broken\)",
+        ),
         ("my_train.py:nothing", "has no function 'nothing'"),
         ("no_such_module:build", "There is no module 'no_such_module' here"),
         ("my_train.py", "TARGET 'my_train.py' names no function. Write path/to/train.py:build"),

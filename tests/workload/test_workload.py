@@ -89,7 +89,10 @@ def test_learning_rates_come_from_the_optimizers_groups() -> None:
         ({"precision": "fp8"}, "precision is 'fp8'; known: fp32, bf16, fp16"),
         ({"optimizer": "sgd"}, "optimizer is a str; give an Optimizer or a function"),
         ({"optimizer": lambda params: list(params)}, r"optimizer\(params\) returned a list"),
-        ({"optimizer": torch.optim.SGD(nn.Linear(1, 1).parameters())}, "None of the optimizer's 2 parameters belongs to the model"),
+        (
+            {"optimizer": torch.optim.SGD(nn.Linear(1, 1).parameters())},
+            "None of the optimizer's 2 parameters belongs to the model",
+        ),
     ],
 )
 def test_arguments_that_cannot_be_meant_are_named(arguments: dict[str, Any], message: str) -> None:

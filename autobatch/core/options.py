@@ -1,0 +1,96 @@
+"""What the user asks for: how to search, and what the answer is for."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from autobatch.core.errors import InvalidRequest
+from autobatch.core.learning_rate import BASE_BATCH_SIZE, check_rule
+from autobatch.core.records import DEFAULT_MAX_BATCH_SIZE, SearchSpace
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRequest:
+    """What the answer is wanted for: everything about training that is not the search itself.
+
+    Attributes:
+        base_lr: learning rate tuned at ``base_batch_size``; ``None`` takes the optimizer's own.
+        base_batch_size: global batch size ``base_lr`` belongs to.
+        lr_rule: ``"linear"``, ``"sqrt"``, ``"none"``, ``"auto"``, or a callable ``rule(base_lr, global_batch, base_batch) -> lr``.
+        global_batch_size: rows one optimizer step should see, over accumulation and ranks.
+        dataset_size: rows in the data set; caps the batch size.
+        epochs: passes over the data set.
+        world_size: ranks training together.
+        objective: ``"memory"`` or ``"throughput"``.
+    """
+
+    base_lr: float | None = None
+    base_batch_size: int = BASE_BATCH_SIZE
+    lr_rule: Any = "linear"
+    global_batch_size: int | None = None
+    dataset_size: int | None = None
+    epochs: int | None = None
+    world_size: int = 1
+    objective: str = "memory"
+
+    def __post_init__(self) -> None:
+        counts = ("base_batch_size", "global_batch_size", "dataset_size", "epochs", "world_size")
+        for name in counts:
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise InvalidRequest(f"{name} is {value!r}; a whole number of 1 or more is wanted.")
+        if self.base_lr is not None and not (isinstance(self.base_lr, (int, float)) and math.isfinite(self.base_lr) and self.base_lr > 0):
+            raise InvalidRequest(f"base_lr is {self.base_lr!r}; a learning rate above zero is wanted, for example 0.1.")
+        if self.objective not in ("memory", "throughput"):
+            raise InvalidRequest(f"objective is {self.objective!r}; known: memory, throughput.")
+        check_rule(self.lr_rule)
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> PlanRequest:
+        """Return this request with ``defaults`` where it still has its own default value."""
+        return with_defaults(self, defaults)
+
+
+Options = TypeVar("Options")
+
+
+def with_defaults(options: Options, defaults: Mapping[str, Any]) -> Options:
+    """Return the record ``options`` with ``defaults`` in those fields that still have the record's own default value."""
+    changes = {
+        f.name: defaults[f.name]
+        for f in dataclasses.fields(options)  # type: ignore[arg-type]
+        if f.name in defaults and getattr(options, f.name) == f.default
+    }
+    return dataclasses.replace(options, **changes)  # type: ignore[type-var]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SearchOptions:
+    """How to search, as the user said it; the bounds of the space come from these and from what the plan is for."""
+
+    min_batch_size: int = 1
+    max_batch_size: int | None = None
+    multiple_of: int = 1
+    tolerance: float = 0.01
+    steps: int = 3
+    time_limit: float | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 2:
+            raise InvalidRequest(f"steps is {self.steps!r}; 2 or more are needed, because optimizer state is resident from the second on.")
+        if self.time_limit is not None and not self.time_limit > 0:
+            raise InvalidRequest(f"time_limit is {self.time_limit!r}; give seconds above zero, or leave it out.")
+        self.space(PlanRequest())
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> SearchOptions:
+        """Return these options with ``defaults`` where they still have their own default value."""
+        return with_defaults(self, defaults)
+
+    def space(self, request: PlanRequest) -> SearchSpace:
+        """Return the sizes worth trying for ``request``: never more rows than the data set or the global batch has."""
+        limits = [self.max_batch_size if self.max_batch_size is not None else max(DEFAULT_MAX_BATCH_SIZE, self.min_batch_size)]
+        space = SearchSpace(min=self.min_batch_size, max=limits[0], multiple_of=self.multiple_of, tolerance=self.tolerance)
+        limits += [-(-rows // request.world_size) for rows in (request.dataset_size, request.global_batch_size) if rows is not None]
+        return dataclasses.replace(space, max=max(min(limits), space.first))

@@ -1,0 +1,194 @@
+"""The one loop: ask the search for a size, probe it, tell the search; then confirm the answer and plan with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from autobatch.core.errors import NoBatchSizeFits, WorkloadFailed
+from autobatch.core.memory_model import MemoryModel
+from autobatch.core.options import PlanRequest, SearchOptions
+from autobatch.core.plan import BatchPlan, make_plan, micro_batch
+from autobatch.core.records import Outcome, Probe, Setting, Trying
+from autobatch.core.search import Ending, Search
+from autobatch.core.units import format_bytes
+
+Progress = Callable[[Setting | Trying | Probe], None]
+
+# A size is worth less memory when it is this close to the fastest one measured.
+_FAST_ENOUGH = 0.97
+# How torch's batch normalisation says that one value per channel has no variance.
+_ONE_ROW = "Expected more than 1 value per channel when training"
+
+
+class Prober(Protocol):
+    """Measures one batch size after another.
+
+    ``probe`` never raises for memory and always raises for a fault in the user's code. ``close`` puts everything back and may be
+    called twice.
+    """
+
+    setting: Setting
+
+    def probe(self, batch_size: int, *, steps: int = 3, confirm: bool = False) -> Probe:
+        """Return what ``steps`` training steps of ``batch_size`` rows did."""
+
+    def close(self) -> None:
+        """Put everything back as it was."""
+
+
+class Run:
+    """One search from the first probe to the plan.
+
+    Attributes:
+        probes: every probe so far, in order.
+    """
+
+    def __init__(self, prober: Prober, request: PlanRequest, options: SearchOptions, progress: Progress | None = None) -> None:
+        self._prober, self._options = prober, options.with_defaults(prober.setting.defaults)
+        self._progress: Progress = progress or (lambda _: None)
+        self._setting = prober.setting
+        dataset_size = request.dataset_size or self._setting.defaults.get("dataset_size") or self._setting.dataset_size
+        self._request = dataclasses.replace(request.with_defaults(self._setting.defaults), dataset_size=dataset_size)
+        self._space = self._options.space(self._request)
+        self._model = MemoryModel(self._setting.cap)
+        self._search = Search(self._space, self._model)
+        self._deadline = None if options.time_limit is None else time.monotonic() + options.time_limit
+        self._walls: dict[int, Probe] = {}
+        self._notes: list[str] = []
+        self.probes: list[Probe] = []
+
+    def plan(self) -> BatchPlan:
+        """Return the plan for the largest batch size that was run, confirmed, and fits.
+
+        Raises:
+            NoBatchSizeFits: not even the smallest permitted size fits.
+        """
+        self._progress(self._setting)
+        while True:
+            self._explore()
+            chosen = self._chosen()
+            probe = self._probe(chosen, steps=max(5, 2 * self._options.steps), confirm=True)
+            if probe.outcome.fits:
+                return self._finish(chosen)
+            self._search.reject(chosen)
+
+    def _explore(self) -> None:
+        """Probe until the search has ended or the time is up."""
+        while not (self._out_of_time() and self._search.best is not None):
+            size = self._search.ask()
+            if size is None:
+                break
+            try:
+                probe = self._probe(size, steps=self._options.steps)
+            except (ValueError, WorkloadFailed) as error:
+                self._start_at_two(size, error)
+                continue
+            self._model.observe(probe)
+            self._search.tell(size, probe.outcome.fits)
+        if self._search.best is None:
+            raise self._nothing_fits()
+
+    def _start_at_two(self, size: int, error: Exception) -> None:
+        """Begin again at two rows when one row is too few for batch normalisation; raise any other ``error``."""
+        if size != 1 or self._space.last < 2 or _ONE_ROW not in str(error):
+            raise error
+        self._notes.append("batch size 1 was left out: the model's batch normalisation needs at least two rows in training")
+        self._space = dataclasses.replace(self._space, min=2)
+        self._model = MemoryModel(self._setting.cap)
+        self._search = Search(self._space, self._model)
+
+    def _probe(self, size: int, *, steps: int, confirm: bool = False) -> Probe:
+        self._progress(Trying(batch_size=size, confirmation=confirm, best=self._search.best, wall=self._search.wall))
+        probe = self._prober.probe(size, steps=steps, confirm=confirm)
+        self.probes.append(probe)
+        if not probe.outcome.fits:
+            self._walls[size] = probe
+        self._progress(probe)
+        return probe
+
+    def _out_of_time(self) -> bool:
+        return self._deadline is not None and time.monotonic() > self._deadline
+
+    def _chosen(self) -> int:
+        """Return the size to confirm: the largest, the fast enough one, or an equal share of the global batch."""
+        best = self._search.best
+        assert best is not None
+        if self._request.global_batch_size is not None:
+            share = micro_batch(
+                self._request.global_batch_size,
+                self._request.world_size,
+                best,
+                multiple_of=self._space.multiple_of,
+                smallest=self._space.first,
+            )
+            return share.batch_size
+        if self._request.objective == "throughput":
+            return self._fast_enough(best)
+        return best
+
+    def _fast_enough(self, best: int) -> int:
+        """Return the smallest size that was run at 97 % or more of the best measured samples per second."""
+        rates = {p.batch_size: p.samples_per_second for p in self.probes if p.outcome.fits and p.batch_size <= best}
+        measured = {size: rate for size, rate in rates.items() if rate is not None}
+        return min((size for size, rate in measured.items() if rate >= _FAST_ENOUGH * max(measured.values())), default=best)
+
+    def _finish(self, chosen: int) -> BatchPlan:
+        search = self._search
+        best = search.best
+        assert best is not None
+        return make_plan(
+            setting=self._setting,
+            request=self._request,
+            space=self._space,
+            probes=self.probes,
+            batch_size=chosen,
+            best=best,
+            wall=search.wall,
+            wall_kind={Ending.PROBED_WALL: "probed", Ending.PREDICTED_WALL: "predicted"}.get(search.ending) if search.ending else None,
+            limited_by=self._limited_by(chosen, best),
+            exact=search.exact,
+            notes=self._notes,
+        )
+
+    def _limited_by(self, chosen: int, best: int) -> str:
+        request, space = self._request, self._space
+        if chosen < best and request.objective == "throughput" and request.global_batch_size is None:
+            return "throughput"
+        if self._search.ending is None:
+            return "time_limit"
+        if self._search.ending is Ending.LIMIT:
+            if request.global_batch_size is not None and space.max == -(-request.global_batch_size // request.world_size):
+                return "global_batch_size"
+            if request.dataset_size is not None and space.max == -(-request.dataset_size // request.world_size):
+                return "dataset"
+            return "max_batch_size"
+        wall = self._walls.get(self._search.wall or 0)
+        return "kernel_limit" if wall is not None and wall.outcome is Outcome.KERNEL_LIMIT else "memory"
+
+    def _nothing_fits(self) -> NoBatchSizeFits:
+        size, setting = self._space.first, self._setting
+        failed = self._walls[size]
+        needed = failed.peak_allocated
+        parts = [
+            f"Not even batch size {size} fits: a trial may use {format_bytes(setting.cap)} "
+            f"(budget {format_bytes(setting.budget)} less the margin of {setting.margin:.0%}) on {setting.device}",
+            f"and it needs more than {format_bytes(max(needed or 0, setting.resident))}"
+            f" ({format_bytes(setting.resident)} of it parameters and buffers).",
+            _who_holds_the_rest(setting),
+            f"The trial said: {failed.message}." if failed.message else "",
+            "Next: raise --memory-budget (memory_budget=), shorten or shrink the sample, use precision bf16, or a smaller model.",
+        ]
+        return NoBatchSizeFits(" ".join(part for part in parts if part), batch_size=size, needed=needed, available=setting.cap)
+
+
+def _who_holds_the_rest(setting: Setting) -> str:
+    """Return where the device's memory is that a trial could not use."""
+    reading = setting.reading
+    amount = f"{format_bytes(reading.obtainable)} of the device's {format_bytes(reading.capacity)}"
+    if setting.budget < reading.obtainable:
+        return f"{amount} could be had."
+    holders = ", ".join(f"{other.name or 'a process'} (pid {other.pid}) {format_bytes(other.used or 0)}" for other in reading.others)
+    return f"More than {amount} cannot be had now" + (f": others hold the rest, {holders}." if holders else ".")

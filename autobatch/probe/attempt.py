@@ -1,0 +1,40 @@
+"""One attempt of a function that is not ours: it raises when its batch does not fit, whatever framework it uses."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from collections.abc import Callable
+
+from autobatch.core.records import Outcome, Probe
+from autobatch.devices.forget import forget
+from autobatch.devices.oom import classify
+
+
+def attempt(run: Callable[[int], object], batch_size: int) -> Probe:
+    """Return whether ``run(batch_size)`` ran through, and what a failed run held given back.
+
+    Raises:
+        Exception: whatever ``run`` raises that is not about memory.
+    """
+    outcome, message, started = Outcome.FIT, "", time.perf_counter()
+    try:
+        run(batch_size)
+    except Exception as error:
+        verdict = classify(error)
+        if verdict is None:
+            raise
+        outcome, message = verdict, (str(error).strip().splitlines() or [type(error).__name__])[0]
+        forget(error)
+    seconds = time.perf_counter() - started
+    if not outcome.fits:
+        _give_back()
+    return Probe(batch_size=batch_size, outcome=outcome, steps=1, seconds=seconds, message=message)
+
+
+def _give_back() -> None:
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -1,0 +1,65 @@
+"""From ``find``'s arguments to a prober, in this process or in a worker."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from autobatch.core.errors import InvalidRequest
+from autobatch.devices import device_type, open_device
+from autobatch.probe.inline import InlineProber
+from autobatch.probe.worker import WorkerProber
+from autobatch.workload.batches import Sample, dataset_size, take_sample
+from autobatch.workload.state import keep_random_state
+from autobatch.workload.workload import build_workload
+
+
+@contextlib.contextmanager
+def open_prober(
+    what: Mapping[str, Any], where: Mapping[str, Any], *, isolate: bool | None, probe_timeout: float
+) -> Iterator[InlineProber | WorkerProber]:
+    """Give a prober for the training step ``what`` on the device ``where``, and put everything back after it.
+
+    Args:
+        what: ``build_workload``'s arguments.
+        where: ``device``, ``memory_budget`` and ``margin``.
+        isolate: whether in a worker; ``None`` for the device's own way, which is a worker on the CPU.
+        probe_timeout: seconds one probe may take in a worker.
+
+    Raises:
+        AutobatchError: device, budget or workload cannot be had, or the workload cannot be sent to a worker.
+    """
+    in_worker = device_type(where["device"]) == "cpu" if isolate is None else isolate
+    with keep_random_state():
+        device = None if in_worker else open_device(where["device"])
+        sample = _shortened(what["sample"], what["make_batch"] is not None)
+        workload = build_workload(**{**what, "sample": sample})  # for a worker too: a mistake is told before a process is started
+        prober: InlineProber | WorkerProber
+        if device is not None:
+            prober = InlineProber(workload, device, memory_budget=where["memory_budget"], margin=where["margin"])
+        else:
+            name = None if where["device"] is None else str(where["device"])
+            payload = _packed({**what, "sample": sample})
+            prober = WorkerProber(payload=payload, options={**where, "device": name}, probe_timeout=probe_timeout)
+        with contextlib.closing(prober):
+            yield prober
+
+
+def _shortened(sample: Any, batches_are_made: bool) -> Any:
+    """Return the rows of ``sample`` that stand for the rest, so that no data set is sent to a worker."""
+    if not batches_are_made:
+        return take_sample(sample)
+    return Sample(None, 0, dataset_size(sample))
+
+
+def _packed(what: Mapping[str, Any]) -> bytes:
+    import cloudpickle
+
+    try:
+        return bytes(cloudpickle.dumps(dict(what)))
+    except Exception as error:
+        raise InvalidRequest(
+            f"The workload cannot be sent to a worker process ({type(error).__name__}: {error}). Probe in this process with "
+            "isolate=False, or let the worker build it: autobatch probe path/to/train.py:build."
+        ) from error
