@@ -146,7 +146,7 @@ class Run:
             probes=self.probes,
             batch_size=chosen,
             best=best,
-            wall=search.wall,
+            wall=search.predicted_wall if search.ending is Ending.PREDICTED_WALL else search.wall,
             wall_kind={Ending.PROBED_WALL: "probed", Ending.PREDICTED_WALL: "predicted"}.get(search.ending) if search.ending else None,
             limited_by=self._limited_by(chosen, best),
             exact=search.exact,

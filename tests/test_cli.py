@@ -118,7 +118,11 @@ def test_what_the_target_says_counts_and_the_command_line_stands_above_it(folder
         (("probe", "train.py:wrong", *FAST), 5, "train.py:wrong returned a int; wanted is a Workload"),
         (("probe", "train.py:shapes", *FAST), 5, "the workload failed at batch size 1, for reasons of its own (not memory)"),
         (("probe", "train.py:killed", *FAST, "--max-batch-size", "2"), 6, "The worker was killed by SIGKILL at batch size 2"),
-        (("probe", "train.py:hangs", *FAST, "--max-batch-size", "2", "--probe-timeout", "1"), 6, "gave no answer within 1 seconds at batch size 2"),
+        (
+            ("probe", "train.py:hangs", *FAST, "--max-batch-size", "2", "--probe-timeout", "1"),
+            6,
+            "gave no answer within 1 seconds at batch size 2",
+        ),
     ],
 )
 def test_every_way_to_fail_has_its_code_and_one_message(folder: Path, arguments: tuple[str, ...], code: int, message: str) -> None:

@@ -63,11 +63,18 @@ class Search:
             return Ending.LIMIT
         if self.wall is not None and self._proves(self.wall - space.multiple_of):
             return Ending.PROBED_WALL
-        if self._advisor is not None and space.tolerance > 0 and not self._rejected:
-            limit = self._advisor.confirmed_limit(self.best)
-            if limit is not None and self._proves(limit):
-                return Ending.PREDICTED_WALL
-        return None
+        return None if self.predicted_wall is None else Ending.PREDICTED_WALL
+
+    @property
+    def predicted_wall(self) -> int | None:
+        """The smallest permitted size that a confirmed memory model says cannot fit, where the best is within the tolerance of it."""
+        space = self._space
+        if self._advisor is None or self.best is None or space.tolerance == 0 or self._rejected:
+            return None
+        limit = self._advisor.confirmed_limit(self.best)
+        if limit is None or not self._proves(limit):
+            return None
+        return max(limit // space.multiple_of, self.best // space.multiple_of) * space.multiple_of + space.multiple_of
 
     @property
     def exact(self) -> bool:

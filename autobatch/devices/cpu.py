@@ -9,6 +9,7 @@ step has its own peak; file-backed pages (libraries being read in) are taken out
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import platform
 import sys
@@ -26,7 +27,7 @@ from autobatch.devices.cgroup import ControlGroup
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
-_MAPS = Path("/proc/self/maps")
+_MAPS, _PAGES = Path("/proc/self/maps"), Path("/proc/self/pagemap")
 # Address space for oneDNN's generated code in the first step of a trial; what was really generated is counted after it.
 _CODE_ROOM = 16 * MIB
 
@@ -80,13 +81,16 @@ class CpuDevice:
         self._group = ControlGroup.of_this_process()
         self._limit = 0
         self._ceilings: tuple[int, int] | None = None  # the address-space limits outside the trial, None outside a trial
-        self._start, self._resets = 0, 0
-        self._floor = 0  # anonymous bytes at the trial's start less the tensors among them
+        self._resets = 0
+        # Address space and anonymous bytes when the first trial began, less tensors and generated code. What libraries keep from then
+        # on counts in every trial, as a workspace does on a card.
+        self._floors: tuple[int, int] | None = None
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
         """Hold the allocator settings that make readings exact, for as long as the probing lasts."""
         allocator.exact_allocator()
+        self._floors = None
         try:
             _bring_in_libraries()
             yield
@@ -114,9 +118,10 @@ class CpuDevice:
 
         before = resource.getrlimit(resource.RLIMIT_AS)
         with allocator.filled_holes():
-            now = _Process.read()
-            self._limit, self._floor, self._ceilings, self._resets = limit, now.anonymous - held, before, 0
-            self._start = now.virtual - held - _generated_code()
+            self._limit, self._ceilings, self._resets = limit, before, 0
+            if self._floors is None:
+                now, (mapped, resident) = _Process.read(), _generated_code()
+                self._floors = now.virtual - held - mapped, now.anonymous - held - resident
             try:
                 self._set_ceiling(_CODE_ROOM)
                 yield
@@ -128,9 +133,9 @@ class CpuDevice:
         """Let the address space grow to the limit: oneDNN's generated code, as large as the shapes are new, comes on top."""
         import resource
 
-        if self._ceilings is not None:
+        if self._ceilings is not None and self._floors is not None:
             soft, hard = (sys.maxsize if value == resource.RLIM_INFINITY else value for value in self._ceilings)
-            wanted = self._start + max(0, self._limit) + _generated_code() + room
+            wanted = self._floors[0] + self._limit + _generated_code()[0] + room
             resource.setrlimit(resource.RLIMIT_AS, (min(wanted, soft, hard), self._ceilings[1]))
 
     def reset_peaks(self) -> None:
@@ -146,7 +151,9 @@ class CpuDevice:
         What is seen above the limit lay in small blocks of pages mapped before the trial: the limit refuses everything else.
         """
         now = _Process.read()
-        return Peak(allocated=min(max(0, now.highest - now.files - self._floor), self._limit))
+        floor = self._floors[1] if self._floors is not None else now.anonymous
+        tensors = now.highest - now.files - floor - _generated_code()[1]
+        return Peak(allocated=min(max(0, tensors), self._limit))
 
     def allocated(self) -> int:
         """Return the anonymous bytes resident now: tensors, and the interpreter's own objects."""
@@ -189,15 +196,20 @@ def _address_space_limit() -> tuple[int | None, int | None]:
     return tuple(None if value == resource.RLIM_INFINITY else value for value in (soft, hard))  # type: ignore[return-value]
 
 
-def _generated_code() -> int:
-    """Return the bytes of address space that code made at run time takes: executable, and of no file."""
-    total = 0
-    for line in _MAPS.read_text().splitlines():
-        addresses, rights, _, _, inode, *_ = line.split()
-        if "x" in rights and inode == "0" and not line.endswith("]"):
-            start, end = addresses.split("-")
-            total += int(end, 16) - int(start, 16)
-    return total
+def _generated_code() -> tuple[int, int]:
+    """Return the bytes that code made at run time takes, in address space and resident: executable, and of no file."""
+    mapped = resident = 0
+    with _PAGES.open("rb", buffering=0) as pages:
+        for line in _MAPS.read_text().splitlines():
+            addresses, rights, _, _, inode, *_ = line.split()
+            if "x" not in rights or inode != "0" or line.endswith("]"):
+                continue
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            mapped += end - start
+            pages.seek(start // mmap.PAGESIZE * 8)
+            entries = pages.read((end - start) // mmap.PAGESIZE * 8)
+            resident += sum(entry >> 7 for entry in entries[7::8]) * mmap.PAGESIZE  # bit 63 of each entry: present
+    return mapped, resident
 
 
 def _bring_in_libraries() -> None:
@@ -211,3 +223,6 @@ def _bring_in_libraries() -> None:
         for kind in (torch.optim.SGD, torch.optim.AdamW):
             body(rows).square().mean().backward()
             kind(body.parameters(), lr=1e-3).step()
+        # A wide and flat product makes MKL take the largest buffers it ever keeps.
+        head, features = torch.nn.Linear(8192, 10), torch.randn(607, 8192, requires_grad=True)
+        head(features).square().mean().backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass
 
@@ -21,6 +22,9 @@ class SyntheticWorkload:
         rounding: peaks are rounded up to a multiple of this many bytes.
         wobble: every size's peak is off the formula by up to this fraction, always the same for one size and seed.
         seed: which wobble.
+        confirmation: what a confirming trial needs, as a multiple of a plain one: fragmentation, caches, later steps.
+        step_seconds: seconds every step takes.
+        row_seconds: seconds each row adds to it.
     """
 
     capacity: int
@@ -30,6 +34,9 @@ class SyntheticWorkload:
     rounding: int = 2 * MIB
     wobble: float = 0.0
     seed: int = 0
+    confirmation: float = 1.0
+    step_seconds: float = 0.0
+    row_seconds: float = 0.0
 
     def peaks(self, batch_size: int) -> tuple[int, int]:
         """Return the bytes at the highest point of forward and backward, and of the optimizer step."""
@@ -73,7 +80,9 @@ class SyntheticProber:
 
     def probe(self, batch_size: int, *, steps: int = 3, confirm: bool = False) -> Probe:
         """Return what the formula says of ``batch_size`` rows."""
-        if not self._workload.fits(batch_size):
+        work = self._workload
+        trial = dataclasses.replace(work, fixed=int(work.fixed * work.confirmation), per_sample=int(work.per_sample * work.confirmation))
+        if not (trial if confirm else work).fits(batch_size):
             return Probe(batch_size=batch_size, outcome=Outcome.OOM, confirmation=confirm, message="the formula says no")
         forward_backward, optimizer = self._workload.peaks(batch_size)
         return Probe(
@@ -82,6 +91,7 @@ class SyntheticProber:
             steps=steps,
             forward_backward=Peak(allocated=forward_backward) if self._readable else None,
             optimizer=Peak(allocated=optimizer) if self._readable and self._workload.optimizer > 0 else None,
+            seconds_per_step=work.step_seconds + work.row_seconds * batch_size or None,
             confirmation=confirm,
         )
 

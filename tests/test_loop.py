@@ -1,0 +1,144 @@
+"""The loop from the first probe to the plan, on memory that is a formula."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from autobatch import BatchPlan, InvalidRequest, NoBatchSizeFits, Probe, Setting, Trying
+from autobatch.core.options import PlanRequest, SearchOptions
+from autobatch.core.units import GIB, MIB
+from autobatch.loop import Run
+from autobatch.simulate.synthetic import SyntheticProber, SyntheticWorkload
+
+CARD = {"capacity": 24 * GIB, "fixed": 2 * GIB, "per_sample": 50 * MIB}
+
+
+def plan_of(card: dict[str, Any] | None = None, *, readable: bool = True, progress: Any = None, **options: Any) -> BatchPlan:
+    search = {name: options.pop(name) for name in list(options) if name in SearchOptions.__dataclass_fields__}
+    prober = SyntheticProber(SyntheticWorkload(**{**CARD, **(card or {})}), readable=readable)
+    return Run(prober, PlanRequest(**options), SearchOptions(**search), progress).plan()
+
+
+def sizes(plan: BatchPlan) -> list[str]:
+    return [f"{p.batch_size}{'' if p.outcome.fits else '!'}{' confirmed' if p.confirmation else ''}" for p in plan.probes]
+
+
+def test_with_readings_the_wall_is_predicted_and_nothing_fails() -> None:
+    plan = plan_of()
+    largest = SyntheticWorkload(**CARD).largest_fit()
+    assert all(probe.outcome.fits for probe in plan.probes)
+    assert 0.99 * largest <= plan.batch_size <= largest
+    assert (plan.limited_by, plan.wall_kind, plan.exact) == ("memory", "predicted", False)
+    assert plan.notes[0].startswith(f"not exact: next untested size is {plan.batch_size + 1}; from {plan.wall} on, the memory")
+
+
+def test_exactness_is_proven_by_a_probe_that_failed() -> None:
+    plan = plan_of(tolerance=0)
+    assert plan.batch_size == SyntheticWorkload(**CARD).largest_fit() == 450
+    assert sizes(plan)[-1] == "450 confirmed"
+    assert "451!" in sizes(plan)
+    assert (plan.exact, plan.wall, plan.wall_kind) == (True, 451, "probed")
+
+
+def test_without_readings_it_doubles_and_bisects() -> None:
+    plan = plan_of({"per_sample": 2 * GIB}, readable=False, tolerance=0)
+    assert sizes(plan) == ["1", "2", "4", "8", "16!", "12!", "10", "11", "11 confirmed"]
+
+
+def test_a_confirmation_that_does_not_fit_sends_the_search_below() -> None:
+    plan = plan_of({"confirmation": 1.1}, tolerance=0)
+    tried = [p for p in plan.probes if p.confirmation]
+    assert [p.outcome.fits for p in tried] == [False] * (len(tried) - 1) + [True]
+    assert tried[0].batch_size == 450
+    assert plan.batch_size == tried[-1].batch_size == plan.best
+    assert plan.wall == plan.batch_size + 1
+    assert plan.batch_size in [p.batch_size for p in plan.probes if not p.confirmation and p.outcome.fits]
+
+
+def test_nothing_fits_says_what_is_needed_and_what_there_is() -> None:
+    with pytest.raises(
+        NoBatchSizeFits, match=r"Not even batch size 1 fits: a trial may use 1\.00 GiB .* needs more than 2\.00 GiB"
+    ) as caught:
+        plan_of({"capacity": GIB})
+    assert (caught.value.batch_size, caught.value.available, caught.value.exit_code) == (1, GIB, 4)
+    with pytest.raises(NoBatchSizeFits, match="Not even batch size 1 fits"):
+        plan_of({"confirmation": 20.0}, max_batch_size=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "batch_size", "limited_by"),
+    [
+        ({"max_batch_size": 64}, 64, "max_batch_size"),
+        ({"max_batch_size": 70, "multiple_of": 32}, 64, "max_batch_size"),
+        ({"multiple_of": 64, "tolerance": 0}, 448, "memory"),
+        ({"min_batch_size": 300, "tolerance": 0}, 450, "memory"),
+        ({"dataset_size": 100}, 100, "dataset"),
+        ({"dataset_size": 100, "multiple_of": 8}, 96, "dataset"),
+        ({"global_batch_size": 128}, 128, "global_batch_size"),
+        ({"global_batch_size": 128, "max_batch_size": 65}, 64, "max_batch_size"),
+    ],
+)
+def test_what_bounds_the_answer_is_named(options: dict[str, Any], batch_size: int, limited_by: str) -> None:
+    plan = plan_of(**options)
+    assert (plan.batch_size, plan.limited_by) == (batch_size, limited_by)
+    assert all(p.batch_size % options.get("multiple_of", 1) == 0 for p in plan.probes)
+    assert plan.probes[-1].batch_size == batch_size
+    assert plan.probes[-1].confirmation
+
+
+def test_a_global_batch_beyond_memory_is_accumulated_in_equal_parts() -> None:
+    plan = plan_of(global_batch_size=1000)
+    assert (plan.batch_size, plan.accumulation_steps, plan.global_batch_size) == (334, 3, 1002)
+    assert plan.probes[-1].batch_size == 334
+
+
+def test_throughput_takes_the_smallest_size_that_is_nearly_as_fast() -> None:
+    plan = plan_of({"step_seconds": 0.1, "row_seconds": 0.01}, readable=False, objective="throughput", tolerance=0)
+    rates = {p.batch_size: p.samples_per_second for p in plan.probes if p.outcome.fits}
+    fast = [size for size, rate in rates.items() if rate is not None and rate >= 0.97 * max(r for r in rates.values() if r)]
+    assert plan.batch_size == min(fast)
+    assert (plan.limited_by, plan.best) == ("throughput", 450)
+
+
+def test_a_time_limit_returns_the_best_by_then() -> None:
+    plan = plan_of(time_limit=1e-9)
+    assert (plan.batch_size, plan.limited_by, plan.exact) == (1, "time_limit", False)
+    assert sizes(plan) == ["1", "1 confirmed"]
+
+
+def test_progress_sees_the_setting_then_each_trial_before_and_after() -> None:
+    events: list[Any] = []
+    plan = plan_of(progress=events.append)
+    assert isinstance(events[0], Setting)
+    assert [type(event) for event in events[1:]] == [Trying, Probe] * len(plan.probes)
+    assert [event for event in events if isinstance(event, Probe)] == list(plan.probes)
+
+
+def test_what_the_target_names_counts_where_nothing_else_was_asked() -> None:
+    prober = SyntheticProber(SyntheticWorkload(**CARD))
+    object.__setattr__(prober.setting, "defaults", {"max_batch_size": 32, "epochs": 2, "dataset_size": 320, "base_lr": 0.5})
+    plan = Run(prober, PlanRequest(epochs=3), SearchOptions()).plan()
+    assert (plan.batch_size, plan.total_steps, plan.base_lr, plan.dataset_size) == (32, 30, 0.5, 320)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_batch_size": 0}, "min_batch_size is 0; a batch has at least one row"),
+        ({"max_batch_size": -3}, "max_batch_size is -3"),
+        ({"min_batch_size": 9, "max_batch_size": 8}, "min_batch_size 9 is above max_batch_size 8"),
+        ({"multiple_of": 64, "max_batch_size": 32}, "No multiple of 64 lies between 1 and 32"),
+        ({"steps": 1}, "steps is 1; 2 or more are needed"),
+        ({"tolerance": 1.0}, r"tolerance is 1\.0"),
+        ({"time_limit": 0}, "time_limit is 0"),
+        ({"base_lr": float("nan")}, "base_lr is nan"),
+        ({"lr_rule": "cubic"}, "lr_rule is 'cubic'; known: linear, sqrt, none, auto"),
+        ({"objective": "speed"}, "objective is 'speed'"),
+        ({"epochs": 0}, "epochs is 0"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        plan_of(**options)
