@@ -78,7 +78,8 @@ class MemoryModel:
     def largest(self, limit: int) -> int | None:
         """Return the largest batch size predicted to need at most ``limit`` bytes, ``None`` when no size is predicted to be the last."""
         size = min((line.reaches(limit) for line in self._lines()), default=float("inf"))
-        return None if size == float("inf") else max(0, int(size))
+        # The line passes through what was measured, give or take the last bit of a float.
+        return None if size == float("inf") else max(0, int(size + 1e-6))
 
     def suggest(self, best: int, wall: int | None) -> int | None:
         """Return the batch size to try next: as far up as must fit, then where the wall is predicted, ``None`` for no advice."""
@@ -137,7 +138,7 @@ class MemoryModel:
                 slack = wobble * (high + peak) + ROUNDING
                 low_bounds.append((high - peak - slack) / (top - size))
                 high_bounds.append((high - peak + slack) / (top - size))
-        return max(low_bounds), max(1.0, min(high_bounds))
+        return max(low_bounds), max(1.0, min(high_bounds, default=float("inf")))
 
     def _peak(self, size: int) -> int:
         return max(self._forward_backward[size], self._optimizer.get(size, 0))

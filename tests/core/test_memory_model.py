@@ -1,0 +1,102 @@
+"""The memory model: what it predicts, what it advises, and when it counts as confirmed."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autobatch.core.memory_model import CONFIRMED, NEAR_WALL, MemoryModel
+from autobatch.core.records import Outcome, Peak, Probe
+from autobatch.core.units import GIB, MIB
+
+CAP = 24 * GIB
+
+
+def probe(size: int, forward_backward: float, optimizer: float | None = None, outcome: Outcome = Outcome.FIT) -> Probe:
+    return Probe(
+        batch_size=size,
+        outcome=outcome,
+        forward_backward=Peak(allocated=int(forward_backward)),
+        optimizer=None if optimizer is None else Peak(allocated=int(optimizer)),
+    )
+
+
+def model_of(*probes: Probe) -> MemoryModel:
+    model = MemoryModel(CAP)
+    for one in probes:
+        model.observe(one)
+    return model
+
+
+def test_the_peak_is_the_higher_of_two_phases() -> None:
+    model = model_of(probe(1, 2 * GIB, 5 * GIB), probe(11, 3 * GIB, 5 * GIB))
+    assert model.predict(21) == 5 * GIB
+    assert model.predict(31) == 5 * GIB
+    assert model.predict(41) == 6 * GIB
+    assert model.largest(8 * GIB) == 61
+    assert model.largest(4 * GIB) == 0
+
+
+@given(st.integers(0, 8 * GIB), st.integers(MIB, 200 * MIB), st.integers(1, 9), st.integers(2, 9))
+def test_two_exact_readings_give_the_wall(fixed: int, per_sample: int, size: int, factor: int) -> None:
+    model = model_of(probe(size, fixed + per_sample * size), probe(size * factor, fixed + per_sample * size * factor))
+    assert model.predict(1000) == pytest.approx(fixed + per_sample * 1000, rel=1e-9)
+    largest = model.largest(CAP)
+    assert largest is not None
+    assert abs(largest - (CAP - fixed) // per_sample) <= 1
+
+
+def test_one_reading_predicts_nothing_and_advises_as_if_every_row_cost_its_share() -> None:
+    model = model_of(probe(1, GIB))
+    assert (model.predict(2), model.largest(CAP), model.residual, model.confirmed_limit(1)) == (None, None, None, None)
+    assert model.suggest(1, None) == 23  # 24 GiB at 1 GiB a row, less the wobble that is expected
+
+
+def test_a_flat_peak_has_no_last_size() -> None:
+    model = model_of(probe(1, GIB), probe(64, GIB))
+    assert model.largest(CAP) is None
+    assert model.confirmed_limit(64) is None
+
+
+def test_the_residual_is_the_largest_miss() -> None:
+    model = model_of(probe(1, GIB), probe(11, 2 * GIB), probe(21, 3 * GIB), probe(31, 4.4 * GIB))
+    assert model.residual == pytest.approx(0.4 / 4.4)
+
+
+def test_a_probe_that_did_not_fit_or_has_no_reading_says_nothing() -> None:
+    model = model_of(probe(1, GIB), probe(11, 9 * GIB, outcome=Outcome.OOM), Probe(batch_size=5, outcome=Outcome.FIT))
+    assert model.predict(3) is None
+
+
+def test_a_wall_is_confirmed_by_a_probe_close_to_it_that_came_out_as_predicted() -> None:
+    def row(size: int, off: float = 0.0) -> Probe:
+        return probe(size, (GIB + size * 100 * MIB) * (1 + off))
+
+    wall = (CAP - GIB) // (100 * MIB)  # 235
+    near, far = int(wall * (1 - NEAR_WALL / 2)), int(wall * (1 - 2 * NEAR_WALL))
+    limit = model_of(row(1), row(60), row(near)).confirmed_limit(near)
+    assert limit is not None
+    assert wall <= limit <= wall * 1.005
+    assert model_of(row(1), row(60), row(far)).confirmed_limit(far) is None
+    assert model_of(row(1), row(60), row(near, 2 * CONFIRMED)).confirmed_limit(near) is None
+    assert model_of(row(1), row(near)).confirmed_limit(near) is None  # nothing had predicted it
+
+
+def test_under_a_wall_the_next_size_is_just_below_it() -> None:
+    model = model_of(probe(1, GIB), probe(101, 11 * GIB))
+    assert model.suggest(101, 300) == 231  # where the line meets the cap
+    assert model.suggest(101, 200) == 196  # 2 % under a wall that came earlier
+    assert model.suggest(101, None) in range(220, 232)
+
+
+@given(st.lists(st.tuples(st.integers(1, 10**6), st.integers(1, 64 * GIB), st.integers(0, 64 * GIB)), max_size=6), st.integers(1, 2**40))
+def test_no_readings_break_it(readings: list[tuple[int, int, int]], cap: int) -> None:
+    model = MemoryModel(cap)
+    for size, forward_backward, optimizer in readings:
+        model.observe(probe(size, forward_backward, optimizer))
+        for wall in (None, size + 7):
+            advice = model.suggest(size, wall)
+            assert advice is None or isinstance(advice, int)
+        assert model.confirmed_limit(size) is None or model.confirmed_limit(size) >= size  # type: ignore[operator]
+        assert model.largest(cap) is None or model.largest(cap) >= 0  # type: ignore[operator]
