@@ -39,7 +39,9 @@ class Line:
 
     def reaches(self, limit: float) -> float:
         """Return the batch size at which the line reaches ``limit`` bytes, infinite for a line that never does."""
-        return (limit - self.base) / self.per_sample if self.per_sample > 0 else float("inf")
+        if self.per_sample > 0:
+            return (limit - self.base) / self.per_sample
+        return float("inf") if self.base <= limit else 0.0
 
 
 class MemoryModel:
