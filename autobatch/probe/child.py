@@ -1,37 +1,46 @@
 """The worker process: opens one workload, answers one probe after another, and ends with its parent.
 
-Started as ``python -m autobatch.probe.child REQUEST_FD REPLY_FD``. Standard output and standard error stay the user's.
+Started as ``python -m autobatch.probe.child REQUEST_FD REPLY_FD``. The process started so loads torch and forks; the fork does the
+work. When it is told to retire, after a probe that did not fit, the next fork takes its place without loading torch again. However else
+it ends, the first process ends in the same way. Standard output and standard error stay the user's.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
+import functools
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from autobatch.probe import wire
 
 if TYPE_CHECKING:
     from autobatch.probe.inline import InlineProber
 
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_RETIRED = 86  # exit code of a worker that made room for the next
 # Frames of the machinery that called the user's code; their own traceback begins below them.
 _OURS = tuple(str(Path(__file__).parents[1] / room) for room in ("probe", "workload", "devices"))
 
 
-def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
-    """Answer requests until the parent closes its end."""
+def serve(requests: IO[bytes], replies: IO[bytes]) -> int:
+    """Answer requests until the parent closes its end or says to retire, and return the exit code."""
     prober: InlineProber | None = None
     with contextlib.ExitStack() as stack:
         for line in iter(requests.readline, b""):
             request = wire.decode(line)
+            if request["op"] == "retire":
+                replies.write(wire.encode({"retired": True}))
+                replies.flush()
+                return _RETIRED
             try:
                 if request["op"] == "open":
                     prober = _open(request, requests)
@@ -45,6 +54,7 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
                 reply = {"error": wire.error_to(error, users_traceback(error))}
             replies.write(wire.encode(reply))
             replies.flush()
+    return 0
 
 
 def users_traceback(error: BaseException) -> str:
@@ -71,11 +81,6 @@ def importlib_file() -> str:
 
 def _open(request: Mapping[str, Any], requests: IO[bytes]) -> InlineProber:
     options = request["options"]
-    if not str(options["device"] or "").startswith("cuda"):
-        # Before torch takes its first large block, else readings on the CPU are not exact.
-        from autobatch.devices.allocator import exact_allocator
-
-        exact_allocator()
     from autobatch.devices import open_device
     from autobatch.probe.inline import InlineProber
 
@@ -106,27 +111,74 @@ def _workload(request: Mapping[str, Any], requests: IO[bytes]) -> tuple[Any, dic
     return build_workload(**arguments), {}
 
 
-def _die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent ends, however that ends."""
+def _control(option: int, value: int) -> None:
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1:
+        ctypes.CDLL(None).prctl(option, value)
+
+
+def _die_with(parent: int) -> None:
+    """Ask the kernel to kill this process when its ``parent`` ends, however that ends."""
+    _control(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
         os._exit(1)
 
 
-@contextlib.contextmanager
-def _pipes(request_fd: int, reply_fd: int) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    for fd in (request_fd, reply_fd):
-        os.set_inheritable(fd, False)
-    with open(request_fd, "rb") as requests, open(reply_fd, "wb") as replies:
-        yield requests, replies
+def _load_torch() -> None:
+    """Load what every worker needs, with the allocator set before torch takes its first block: readings on the CPU depend on it."""
+    from autobatch.devices.allocator import exact_allocator
+
+    exact_allocator()
+    import torch._dynamo  # what the first optimizer of a process loads  # noqa: F401
+
+
+def _end_like(status: int) -> NoReturn:
+    """End this process with the exit code, or by the signal, that ended its worker."""
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        with contextlib.suppress(OSError):
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+def _kill(worker: int, *_: object) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(worker, signal.SIGKILL)
+
+
+def _clear_away() -> None:
+    """Kill what a worker that ended has left running: data loaders, helpers."""
+    import psutil
+
+    left = psutil.Process().children(recursive=True)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=2)
 
 
 def main() -> None:
-    """Serve on the two descriptors named on the command line."""
-    _die_with_parent()
-    with _pipes(int(sys.argv[1]), int(sys.argv[2])) as (requests, replies):
-        serve(requests, replies)
+    """Keep one worker after another serving the two descriptors named on the command line."""
+    _die_with(os.getppid())
+    _control(_PR_SET_CHILD_SUBREAPER, 1)
+    descriptors = int(sys.argv[1]), int(sys.argv[2])
+    for fd in descriptors:
+        os.set_inheritable(fd, False)
+    _load_torch()
+    keeper = os.getpid()
+    while (worker := os.fork()) != 0:
+        signal.signal(signal.SIGTERM, functools.partial(_kill, worker))
+        _, status = os.waitpid(worker, 0)
+        _clear_away()
+        if os.waitstatus_to_exitcode(status) != _RETIRED:
+            _end_like(status)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _die_with(keeper)
+    with open(descriptors[0], "rb") as requests, open(descriptors[1], "wb") as replies:
+        code = serve(requests, replies)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(code)  # somebody waits: skip the interpreter's long goodbye
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from autobatch.workload.workload import Workload
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # A few blocks may stay for good reasons (kernels loaded, workspaces); more than this is a leak worth telling.
 _LEAK = 16 * MIB
+# From this much on, a trial may have left tensors in reference cycles.
+_CYCLES = MIB
 
 NO_LOSS = "no loss_fn given: the sum of the model's outputs stood in for the loss; your real loss may need more memory"
 NOT_FINITE = "the loss was not finite in the first step; memory does not depend on it, your training does"
@@ -103,10 +105,13 @@ def measure(
 
 def give_back(device: Device, before: int) -> tuple[str, ...]:
     """Free what a trial left and return a note when more than a little of it stays."""
-    gc.collect()
     device.synchronize()
     device.release()
     leaked = device.allocated() - before
+    if leaked > _CYCLES:
+        gc.collect()  # looks at every object of the process, which takes longer than a small step
+        device.release()
+        leaked = device.allocated() - before
     return (f"a trial left {format_bytes(leaked)} behind that could not be freed",) if leaked > _LEAK else ()
 
 

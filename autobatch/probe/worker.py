@@ -29,7 +29,7 @@ _GRACE = 2.0
 
 
 class WorkerProber:
-    """Probes in a worker process that serves one probe after another; a fresh one follows a probe that did not fit.
+    """Probes in a worker process that serves one probe after another; a fresh one replaces it after a probe that did not fit.
 
     Args:
         target: what to load in the worker, as text; or
@@ -63,6 +63,7 @@ class WorkerProber:
         self._timeout = probe_timeout
         self._start = functools.partial(_Worker, stdout, stderr or (lambda text: sys.stderr.write(text)))
         self._worker: _Worker | None = None
+        self._fresh = False  # whether the worker has the workload open and every probe in it fitted
         self.setting: Setting = self._open()
 
     def probe(self, batch_size: int, *, steps: int = 3, confirm: bool = False) -> Probe:
@@ -72,7 +73,7 @@ class WorkerProber:
             WorkloadFailed: the user's code raised; the error carries its traceback as text.
             WorkerFailed: the worker died, hung or closed its pipe.
         """
-        if self._worker is None:
+        if not self._fresh:
             self._open()
         worker = self._worker
         assert worker is not None
@@ -96,19 +97,22 @@ class WorkerProber:
         if probe.outcome.fits:
             self._options["ran_before"] = True
         else:
-            self.close()
+            self._fresh = False
         return probe
 
     def close(self) -> None:
         """End the worker and everything it started; a second call does nothing."""
-        worker, self._worker = self._worker, None
+        worker, self._worker, self._fresh = self._worker, None, False
         if worker is not None:
             worker.end()
 
     def _open(self) -> Setting:
         """Start a worker and return its setting; a later worker keeps the first one's cap."""
-        self._worker = self._start()
         try:
+            if self._worker is None:
+                self._worker = self._start()
+            else:
+                self._worker.ask({"op": "retire"}, b"", PROBE_TIMEOUT, "while it was replaced")
             request = {"op": "open", "options": self._options, **self._source}
             reply = self._worker.ask(request, self._payload, START_TIMEOUT, "while loading the workload")
             if "error" in reply:
@@ -117,6 +121,7 @@ class WorkerProber:
         except BaseException:
             self.close()
             raise
+        self._fresh = True
         if self._options["cap"] is None:
             self._options["cap"] = setting.cap
         return setting
@@ -182,10 +187,14 @@ class _Worker:
         return wire.decode(line)
 
     def end(self) -> None:
-        """Close the pipes, wait shortly, then kill the process group: also data loaders that it started."""
+        """Close the pipes, wait shortly, then stop the worker and kill the process group: also data loaders that it started."""
         with contextlib.suppress(BrokenPipeError):
             self._requests.close()
         if sys.exc_info()[0] is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_GRACE)
+        if self._process.poll() is None:
+            self._process.terminate()  # it kills the worker and collects what is left of it
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_GRACE)
         with contextlib.suppress(ProcessLookupError, PermissionError):

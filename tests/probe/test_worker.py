@@ -70,6 +70,11 @@ def nothing_left_over() -> Iterator[None]:
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
+def workers() -> list[int]:
+    """Return the process numbers below this one: the one that loaded torch, then the one that probes."""
+    return [child.pid for child in psutil.Process().children(recursive=True)]
+
+
 def prober(target: str, **arguments: Any) -> WorkerProber:
     options = {"device": "cpu", "memory_budget": "64MiB"}
     return WorkerProber(target=target, options=options, **{"stdout": 2, "stderr": lambda _: None, **arguments})
@@ -79,12 +84,13 @@ def test_one_worker_serves_many_probes_and_a_fresh_one_follows_a_failure(target:
     worker = prober(f"{target}:plain")
     try:
         assert worker.setting.budget == 64 * 2**20
-        first = worker._worker
+        keeper, first = workers()
         assert [worker.probe(size).outcome for size in (1, 2, 3)] == [Outcome.FIT] * 3
-        assert worker._worker is first
+        assert workers() == [keeper, first]
         assert worker.probe(500).outcome is Outcome.OOM
         assert worker.probe(2).outcome is Outcome.FIT
-        assert worker._worker is not first
+        assert workers()[0] == keeper
+        assert workers()[1] != first
     finally:
         worker.close()
 
@@ -136,7 +142,10 @@ def test_what_the_user_prints_is_never_taken_for_an_answer(target: str, capfd: p
 
 def test_processes_the_workload_started_go_with_the_worker(target: str) -> None:
     worker = prober(f"{target}:parent")
-    assert len(psutil.Process().children(recursive=True)) == 2
+    assert len(workers()) == 3
+    assert worker.probe(500).outcome is Outcome.OOM
+    assert worker.probe(1).outcome is Outcome.FIT
+    assert len(workers()) == 3  # the first worker's process went with it, the second one started its own
     worker.close()
 
 
