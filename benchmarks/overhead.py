@@ -39,36 +39,43 @@ def by_hand(arguments: dict[str, Any], sizes: Iterable[tuple[int, int]]) -> floa
     return time.perf_counter() - started
 
 
-def measure() -> dict[str, float]:
+def measure(isolate: bool) -> dict[str, float]:
     """Return seconds in ``find``, seconds by hand for the steps that completed, and the overhead as a fraction of the latter."""
     arguments = gpt.build()
     allocator.exact_allocator()  # both sides with the allocator settings that find uses
     by_hand(arguments, [(64, 6)])  # a virtual machine's memory is slow when it is touched for the first time
-    found, hand = [], []
+    found, hand, starts = [], [], []
     for _ in range(REPEATS):
+        events: list[float] = []
         started = time.perf_counter()
-        plan = autobatch.find(**arguments, device="cpu", memory_budget=BUDGET, tolerance=0)
+        plan = autobatch.find(
+            **arguments, device="cpu", memory_budget=BUDGET, isolate=isolate, progress=lambda _, to=events: to.append(time.perf_counter())
+        )
         found.append(time.perf_counter() - started)
+        starts.append(events[0] - started)
         allocator.exact_allocator()
         failed = sum(probe.seconds or 0.0 for probe in plan.probes if not probe.outcome.fits)
         found[-1] -= failed  # a trial that ran out of memory cannot be run by hand
         hand.append(by_hand(arguments, [(probe.batch_size, probe.steps) for probe in plan.probes if probe.outcome.fits]))
     ratios = [whole / steps - 1 for whole, steps in zip(found, hand, strict=True)]
     return {
-        "find_seconds": statistics.median(found),
-        "by_hand_seconds": statistics.median(hand),
+        "find": statistics.median(found),
+        "start": statistics.median(starts),
+        "by_hand": statistics.median(hand),
         "overhead": statistics.median(ratios),
         "spread": max(ratios) - min(ratios),
     }
 
 
 def main() -> None:
-    figures = measure()
-    print(
-        f"overhead of find beside its steps, example:gpt, {BUDGET}, {torch.get_num_threads()} threads: {figures['overhead']:+.1%} "
-        f"(find {figures['find_seconds']:.1f} s, the same steps by hand {figures['by_hand_seconds']:.1f} s, "
-        f"spread over {REPEATS} runs {figures['spread']:.1%})"
-    )
+    print(f"overhead of find beside its steps, example:gpt, {BUDGET}, {torch.get_num_threads()} threads, {REPEATS} runs")
+    for isolate in (False, True):
+        figures = measure(isolate)
+        print(
+            f"  {'in a worker' if isolate else 'in this process':<16}{figures['overhead']:+.1%} (find {figures['find']:.1f} s, "
+            f"{figures['start']:.1f} s of it before the first trial; the same steps by hand {figures['by_hand']:.1f} s; "
+            f"spread {figures['spread']:.1%})"
+        )
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def train(arguments: dict[str, Any], batch_size: int, cap: int, steps: int) -> b
             torch.cuda.synchronize()
     except torch.OutOfMemoryError:
         fits = False
-    batch = output = loss = optimizer = None  # noqa: F841 what the frame holds would be missing from the next run
+    batch = output = loss = optimizer = None  # what this frame holds would be missing from the next run
     model.zero_grad()
     model.cpu()
     gc.collect()
@@ -79,8 +79,8 @@ def test_find(name: str, precision: str, optimizer: str, budget: int | None, rec
     started = time.perf_counter()
     plan = autobatch.find(**arguments, device="cuda", memory_budget=budget, tolerance=TOLERANCE)  # type: ignore[arg-type]
     seconds = time.perf_counter() - started
-    scanned = largest(arguments, plan.batch_size, plan.cap) if budget is not None else None
-    lasts = train(arguments, plan.batch_size, plan.cap, STEPS if budget is not None else 20)
+    scanned = largest(arguments, plan.batch_size, plan.cap)
+    lasts = train(arguments, plan.batch_size, plan.cap, STEPS)
     record.append(
         {
             "model": name,
@@ -89,7 +89,7 @@ def test_find(name: str, precision: str, optimizer: str, budget: int | None, rec
             "budget": format_bytes(plan.budget),
             "batch_size": plan.batch_size,
             "largest_by_scan": scanned,
-            "steps_at_the_answer": STEPS if budget is not None else 20,
+            "steps_at_the_answer": STEPS,
             "lasts": lasts,
             "probes": len(plan.probes),
             "out_of_memory": sum(not probe.outcome.fits for probe in plan.probes),
@@ -101,6 +101,5 @@ def test_find(name: str, precision: str, optimizer: str, budget: int | None, rec
         }
     )
     assert lasts
-    if scanned is not None:
-        assert plan.batch_size <= scanned
-        assert plan.batch_size >= int(scanned * (1 - TOLERANCE)) - 1
+    assert plan.batch_size <= scanned
+    assert plan.batch_size >= int(scanned * (1 - TOLERANCE)) - 1
