@@ -143,6 +143,15 @@ class BatchPlan:
         """Return the plan as dicts, lists, texts and numbers alone, with the ``"schema"`` they follow."""
         return {"schema": SCHEMA, **to_plain(self)}
 
+    def __str__(self) -> str:
+        parts = [f"batch size {self.batch_size:,}"]
+        if self.accumulation_steps > 1:
+            parts.append(f"{self.accumulation_steps:,} accumulation steps")
+        if self.lr is not None:
+            parts.append(f"learning rate {self.lr:.3g}")
+        parts.append(f"limited by {self.limited_by}")
+        return "\n".join([", ".join(parts), *(f"- {note}" for note in self.notes)])
+
     def to_json(self) -> str:
         """Return the plan as strict JSON that ``from_json`` reads back to an equal plan."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
