@@ -65,6 +65,7 @@ def build() -> dict[str, Any]:
         "sample": DataLoader(train, batch_size=32, shuffle=True),
         "loss_fn": F.cross_entropy,
         "optimizer": sgd,
+        "base_lr": 0.1,
         "base_batch_size": 256,
         "epochs": EPOCHS,
     }
