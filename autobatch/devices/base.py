@@ -25,10 +25,12 @@ class Device(Protocol):
     Attributes:
         name: torch's name of it, ``"cuda:0"`` or ``"cpu"``.
         description: what it is, ``"NVIDIA H200"``.
+        notes: what the reader of an answer should know about how it is measured here.
     """
 
     name: str
     description: str
+    notes: tuple[str, ...]
 
     def session(self) -> AbstractContextManager[None]:
         """Hold what the readings need for as long as the probing lasts."""

@@ -31,6 +31,7 @@ _MAPS, _PAGES = Path("/proc/self/maps"), Path("/proc/self/pagemap")
 # Address space for oneDNN's generated code in the first step of a trial; what was really generated is counted after it.
 _CODE_ROOM = 16 * MIB
 
+_SLOWER_STEPS = "step times were taken with an allocator that gives memory back at once; training itself is faster"
 # oneDNN says the same of a kernel it has not and of memory it does not get. It is memory where the same step ran with fewer rows, so
 # that its kernels exist, or where much of the limit is in use.
 _ONEDNN = "could not create a"
@@ -69,6 +70,7 @@ class CpuDevice:
     """
 
     name = "cpu"
+    notes: tuple[str, ...] = (_SLOWER_STEPS,)
 
     def __init__(self) -> None:
         if sys.platform != "linux" or not os.access(_CLEAR_REFS, os.W_OK):

@@ -33,6 +33,7 @@ class CudaDevice:
         self._index = _checked(index, cuda)
         self._properties = cuda.get_device_properties(self._index)
         self.name = f"cuda:{self._index}"
+        self.notes: tuple[str, ...] = ()
         self.description = str(self._properties.name)
 
     @contextlib.contextmanager

@@ -111,7 +111,7 @@ class InlineProber:
             optimizer_name=type(workload.optimizer).__name__ if workload.optimizer else "",
             dataset_size=workload.dataset_size,
             environment=environment() | device.environment(),
-            notes=(*reading.notes, *notes, *workload.notes),
+            notes=(*reading.notes, *notes, *workload.notes, *device.notes),
             defaults=defaults,
         )
 

@@ -96,6 +96,11 @@ def _call(function: Callable[[], Any], target: str) -> Any:
                 f"{target} returned options that find does not have: {', '.join(map(str, unknown))}. "
                 f"Known: {', '.join((*STEP_OPTIONS, *PLAN_OPTIONS, *SEARCH_OPTIONS))}."
             )
+        if callable(result.get("lr_rule")):
+            raise WorkloadFailed(
+                f"{target} returned a function as lr_rule, which the worker cannot hand over. Name a rule (linear, sqrt, none, auto), or "
+                "pass the function to autobatch.find(…, lr_rule=…)."
+            )
         return dict(result)
     raise WorkloadFailed(f"{target} returned a {type(result).__name__}; wanted is {_RETURNS}.")
 

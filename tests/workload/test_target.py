@@ -11,6 +11,7 @@ GOOD = """
 import torch
 def pair(): return torch.nn.Linear(2, 2), torch.ones(3, 2)
 def options(): return {"model": torch.nn.Linear(2, 2), "sample": torch.ones(3, 2), "optimizer": "adamw", "base_lr": 0.5, "epochs": 7}
+def custom(): return {**options(), "lr_rule": lambda base, batch, base_batch: base}
 def workload():
     import autobatch
     return autobatch.build_workload(*pair())
@@ -55,7 +56,7 @@ def test_what_the_command_line_says_stands_above_the_target(folder: Path) -> Non
         ("elsewhere.py:build", r"There is no file 'elsewhere.py' \(looked in "),
         (
             "my_train.py:biuld",
-            r"my_train.py has no function 'biuld' \(its functions: pair, options, workload, wrong, unknown, broken\)",
+            r"my_train.py has no function 'biuld' \(its functions: pair, options, custom, workload, wrong, unknown, broken\)",
         ),
         ("my_train.py:nothing", "has no function 'nothing'"),
         ("no_such_module:build", "There is no module 'no_such_module' here"),
@@ -79,6 +80,7 @@ def test_an_optimizer_that_is_not_there_names_the_known_ones(folder: Path) -> No
     [
         ("wrong", "my_train.py:wrong returned a int; wanted is a Workload"),
         ("unknown", "returned options that find does not have: batchsize"),
+        ("custom", r"returned a function as lr_rule, which the worker cannot hand over\. Name a rule"),
     ],
 )
 def test_a_function_that_returns_something_else_failed(folder: Path, name: str, message: str) -> None:
