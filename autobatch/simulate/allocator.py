@@ -8,11 +8,12 @@ has no room for one, every segment that is free as a whole is given back, and it
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections.abc import Iterable
 
 from autobatch.core.units import MIB
 from autobatch.simulate.allocator_settings import AllocatorSettings
+from autobatch.simulate.blocks import Block, Pool, cut, free_run, merge, room_behind, start_of_room
 
 _MIN_BLOCK = 512
 _SMALL = MIB  # the largest request served from the small pool
@@ -32,40 +33,6 @@ class SimulatedOutOfMemory(Exception):
     def __init__(self, requested: int) -> None:
         super().__init__(f"{requested} bytes do not fit")
         self.requested = requested
-
-
-class Block:
-    """A stretch of one segment, handed out, free, or (in an expandable segment) not mapped."""
-
-    __slots__ = ("address", "born", "free", "mapped", "next", "pool", "prev", "requested", "size")
-
-    def __init__(self, address: int, size: int, pool: Pool, *, mapped: bool = True) -> None:
-        self.address, self.size, self.pool, self.mapped = address, size, pool, mapped
-        self.prev: Block | None = None
-        self.next: Block | None = None
-        self.free, self.requested, self.born = True, 0, 0
-
-
-class Pool:
-    """The free blocks for small or for large requests, ordered by size, then by address."""
-
-    __slots__ = ("blocks", "finds", "origin", "page", "small", "tail")
-
-    def __init__(self, small: bool, page: int) -> None:
-        self.small, self.page = small, page
-        self.blocks: list[tuple[int, int, Block]] = []
-        self.finds = 0  # requests so far, the clock that garbage collection goes by
-        self.tail: Block | None = None  # the end of the expandable segment, never mapped
-        self.origin = 0  # where the expandable segment starts; its pages are counted from there
-
-    def add(self, block: Block) -> None:
-        """Take in a free block."""
-        block.free, block.born = True, self.finds
-        insort(self.blocks, (block.size, block.address, block))
-
-    def remove(self, block: Block) -> None:
-        """Take out a block."""
-        del self.blocks[bisect_left(self.blocks, (block.size, block.address))]
 
 
 class CachingAllocator:
@@ -121,7 +88,7 @@ class CachingAllocator:
         for other in (block.prev, block.next):
             if other is not None and other.free and other.mapped:
                 pool.remove(other)
-                block = _merge(block, other)
+                block = merge(block, other)
         pool.add(block)
 
     def release_cached(self) -> None:
@@ -158,7 +125,7 @@ class CachingAllocator:
         if index == len(blocks):
             return None
         if self._settings.expandable_segments:
-            while index + 1 < len(blocks) and _room_behind(blocks[index + 1][2]) < _room_behind(blocks[index][2]):
+            while index + 1 < len(blocks) and room_behind(blocks[index + 1][2]) < room_behind(blocks[index][2]):
                 index += 1
         found = blocks[index][2]
         if size < self._max_split <= found.size:
@@ -257,11 +224,11 @@ class CachingAllocator:
             if not self._map(following, size - block.size):
                 pool.add(block)
                 return None
-            block = _merge(block, following)
+            block = merge(block, following)
             after = block.next
             if after is not None and after.free and after.mapped:
                 pool.remove(after)
-                block = _merge(block, after)
+                block = merge(block, after)
         return block
 
     def _lowest_room(self, pool: Pool, size: int) -> Block:
@@ -273,8 +240,8 @@ class CachingAllocator:
         while place.prev is not None:
             place = place.prev
             if not place.mapped:
-                best = place if _free_run(_start(place)) >= size else best
-        return _start(best)
+                best = place if free_run(start_of_room(place)) >= size else best
+        return start_of_room(best)
 
     def _map(self, block: Block, size: int) -> bool:
         """Map whole pages from the start of an unmapped block; what is left of it stays unmapped behind them."""
@@ -302,12 +269,12 @@ class CachingAllocator:
             return
         pool.remove(block)
         if start > block.address:
-            _cut(block, start - block.address)
+            cut(block, start - block.address)
             pool.add(block)
             assert block.next is not None
             block = block.next
         if block.address + block.size > end:
-            _cut(block, end - block.address)
+            cut(block, end - block.address)
             assert block.next is not None
             pool.add(block.next)
         block.mapped = False
@@ -315,46 +282,6 @@ class CachingAllocator:
         for other in (block.prev, block.next):
             if other is not None and not other.mapped:
                 is_tail = other is pool.tail or block is pool.tail
-                block = _merge(block, other)
+                block = merge(block, other)
                 if is_tail:
                     pool.tail = block
-
-
-def _merge(block: Block, other: Block) -> Block:
-    """Join two neighbours into the one at the lower address."""
-    first, second = (block, other) if block.address < other.address else (other, block)
-    first.size += second.size
-    first.next = second.next
-    if first.next is not None:
-        first.next.prev = first
-    return first
-
-
-def _cut(block: Block, size: int) -> None:
-    """Cut a block in two; the second part has the same state."""
-    rest = Block(block.address + size, block.size - size, block.pool, mapped=block.mapped)
-    rest.prev, rest.next, rest.free = block, block.next, block.free
-    if rest.next is not None:
-        rest.next.prev = rest
-    block.next, block.size = rest, size
-
-
-def _start(place: Block) -> Block:
-    """Return the free block right before an unmapped one, else the unmapped one."""
-    before = place.prev
-    return before if before is not None and before.free and before.mapped else place
-
-
-def _free_run(block: Block | None) -> int:
-    """Return the bytes from ``block`` on that are free or not mapped, without a gap."""
-    size = 0
-    while block is not None and block.free:
-        size += block.size
-        block = block.next
-    return size
-
-
-def _room_behind(block: Block) -> int:
-    """Return a block's bytes and the unmapped ones right behind it."""
-    following = block.next
-    return block.size + (following.size if following is not None and not following.mapped else 0)

@@ -10,6 +10,8 @@ from autobatch import Outcome
 from autobatch.devices.forget import forget
 from autobatch.devices.oom import SIGNS, classify, is_sticky
 
+# Before torch 2.8 the same errors were plain RuntimeErrors.
+ACCELERATOR_ERROR: type[RuntimeError] = getattr(torch, "AcceleratorError", RuntimeError)
 OOM, HOST, LIMIT = Outcome.OOM, Outcome.HOST_OOM, Outcome.KERNEL_LIMIT
 
 # Messages as they are raised in the field, shortened; the exception's type as the source raises it.
@@ -30,7 +32,7 @@ MESSAGES: list[tuple[type[BaseException], str, Outcome | None]] = [
     (torch.OutOfMemoryError, "a wording of the future", OOM),
     (RuntimeError, "CUDA out of memory. Tried to allocate 20.00 MiB", OOM),
     (RuntimeError, "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", OOM),
-    (torch.AcceleratorError, "CUDA error: out of memory", OOM),
+    (ACCELERATOR_ERROR, "CUDA error: out of memory", OOM),
     (RuntimeError, "CUDA driver error: out of memory", OOM),
     (RuntimeError, "HIP error: out of memory", OOM),
     (
@@ -85,7 +87,7 @@ MESSAGES: list[tuple[type[BaseException], str, Outcome | None]] = [
     (RuntimeError, "Expected canUse32BitIndexMath(input) && canUse32BitIndexMath(output) to be true, but got false.", LIMIT),
     (RuntimeError, "input tensor must fit into 32-bit index math", LIMIT),
     (RuntimeError, "nll_loss2d_forward: at::cuda only supports input with no more than INT_MAX elements", LIMIT),
-    (torch.AcceleratorError, "CUDA error: invalid configuration argument", LIMIT),
+    (ACCELERATOR_ERROR, "CUDA error: invalid configuration argument", LIMIT),
     (RuntimeError, "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 68719476736 bytes.", OOM),
     # What is not memory although it may read like it.
     (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate more than 1EB memory.", None),
@@ -94,8 +96,8 @@ MESSAGES: list[tuple[type[BaseException], str, Outcome | None]] = [
         "out of resource: shared memory, Required: 180224, Hardware limit: 101376. Reducing block sizes may help.",
         None,
     ),
-    (torch.AcceleratorError, "CUDA error: device-side assert triggered", None),
-    (torch.AcceleratorError, "CUDA error: an illegal memory access was encountered", None),
+    (ACCELERATOR_ERROR, "CUDA error: device-side assert triggered", None),
+    (ACCELERATOR_ERROR, "CUDA error: an illegal memory access was encountered", None),
     (RuntimeError, "CUDA error: misaligned address", None),
     (RuntimeError, "mat1 and mat2 shapes cannot be multiplied (4x5 and 3x2)", None),
     (RuntimeError, "view size is not compatible with input tensor's size; call .contiguous() to use the same memory", None),
@@ -166,7 +168,7 @@ def test_groups_and_several_arguments_are_looked_into() -> None:
 
 def test_errors_that_end_the_process_for_the_gpu_are_sticky() -> None:
     assert is_sticky(RuntimeError("CUDA error: an illegal memory access was encountered"))
-    assert is_sticky(torch.AcceleratorError("CUDA error: device-side assert triggered"))
+    assert is_sticky(ACCELERATOR_ERROR("CUDA error: device-side assert triggered"))
     assert not is_sticky(RuntimeError("CUDA error: out of memory"))
     assert not is_sticky(ValueError("illegal memory access"))
 
