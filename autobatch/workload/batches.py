@@ -34,7 +34,7 @@ class Sample:
 
     def grow(self, batch_size: int) -> Any:
         """Return a fresh batch of ``batch_size`` rows, the sample's rows repeated in order."""
-        return _map(self.value, lambda leaf: _repeat(leaf, self.rows, batch_size))
+        return map_tensors(self.value, lambda leaf: _repeat(leaf, self.rows, batch_size))
 
 
 def take_sample(sample: Any) -> Sample:
@@ -66,7 +66,7 @@ def dataset_size(sample: Any) -> int | None:
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """Return ``batch`` with every tensor on ``device``."""
-    return _map(batch, lambda leaf: leaf.to(device))
+    return map_tensors(batch, lambda leaf: leaf.to(device))
 
 
 def _from_loader(loader: DataLoader[Any]) -> Sample:
@@ -134,18 +134,18 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
             yield from _leaves(getattr(value, field.name), f"{name}.{field.name}")
 
 
-def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Return ``value`` with ``change`` applied to its tensors; containers keep their type, anything else stays as it is."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):
-        items = {key: _map(item, change) for key, item in value.items()}
+        items = {key: map_tensors(item, change) for key, item in value.items()}
         return items if type(value) is dict else type(value)(items)  # type: ignore[call-arg]
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_map(item, change) for item in value))
+        return type(value)(*(map_tensors(item, change) for item in value))
     if isinstance(value, (list, tuple)):
-        return type(value)(_map(item, change) for item in value)
+        return type(value)(map_tensors(item, change) for item in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        changes = {f.name: _map(getattr(value, f.name), change) for f in dataclasses.fields(value) if f.init}
+        changes = {f.name: map_tensors(getattr(value, f.name), change) for f in dataclasses.fields(value) if f.init}
         return dataclasses.replace(value, **changes)
     return value
