@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 from typing import Any
 
@@ -20,7 +19,7 @@ from autobatch.workload.workload import Workload, build_workload
 
 
 def traced(work: Workload, batch_size: int) -> Trace:
-    return trace_step(work, batch_size, contextlib.nullcontext)
+    return trace_step(work, batch_size)
 
 
 def real_peak(work: Workload, batch_size: int) -> int:

@@ -84,19 +84,33 @@ class Trace:
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes down every storage that an operator returns, and its end."""
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: Trace, temporaries: Callable[[str, tuple[Any, ...]], int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.trace = trace
+        self.trace, self._temporaries = trace, temporaries
         self.phase, self.modules, self.paused = "", [""], False
         self._live: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        operator = str(func.overloadpacket)
+        inside = 0 if self.paused else self._begin_temporary(operator, args)
         result = func(*args, **(kwargs or {}))
         if not self.paused:
             for leaf in tree_leaves(result):
                 if isinstance(leaf, Tensor):
-                    self.see(leaf, str(func.overloadpacket))
+                    self.see(leaf, operator)
+        if inside:
+            self.trace.events.append(~inside)
         return result
+
+    def _begin_temporary(self, operator: str, args: Any) -> int:
+        """Write down the birth of what ``operator`` takes inside itself, and return its index, 0 for nothing."""
+        size = self._temporaries(operator, args)
+        if not size:
+            return 0
+        index = len(self.trace.storages)
+        self.trace.storages.append(Storage(size, self.phase, operator, self.modules[-1], TEMPORARY, self.phase))
+        self.trace.events.append(index)
+        return index
 
     def see(self, tensor: Tensor, operator: str, tag: str | None = None) -> None:
         """Take in the storage of ``tensor`` when it is new; give it ``tag``."""
@@ -151,20 +165,36 @@ def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
     return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
-def trace_step(workload: Workload, batch_size: int, around: Callable[[], contextlib.AbstractContextManager[Any]]) -> Trace:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manner:
+    """How the step runs where it is traced for; by default as it does on the CPU.
+
+    Attributes:
+        around: gives the context in which forward and loss run.
+        temporaries: bytes that an operator takes inside itself, by its name and its arguments.
+        prepare: called with the optimizer before the first step.
+    """
+
+    around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    temporaries: Callable[[str, tuple[Any, ...]], int] = lambda _operator, _arguments: 0
+    prepare: Callable[[Any], None] = lambda _optimizer: None
+
+
+def trace_step(workload: Workload, batch_size: int, manner: Manner | None = None) -> Trace:
     """Return two iterations of ``workload``'s step on ``batch_size`` rows.
 
     Args:
         workload: any; its tensors are not touched.
         batch_size: rows in a batch.
-        around: gives a context in which forward and loss run: what makes the step do what it would do on the card.
+        manner: how the step runs on the device it is traced for.
 
     Raises:
         Exception: what the step raises; on values it depends on, torch's ``DataDependentOutputException`` and its like.
     """
     mode, trace = FakeTensorMode(allow_non_fake_inputs=True), Trace(batch_size)
-    work = fake_copy(workload, mode)
-    recorder = _Recorder(trace)
+    work, manner = fake_copy(workload, mode), manner or Manner()
+    manner.prepare(work.optimizer)
+    recorder = _Recorder(trace, manner.temporaries)
     with mode, recorder, _module_names(work.model, recorder):
         _see_resident(work, recorder)
         train = work.mode == "train"
@@ -178,7 +208,7 @@ def trace_step(workload: Workload, batch_size: int, around: Callable[[], context
                 for leaf in tree_leaves(batch):
                     if isinstance(leaf, Tensor):
                         recorder.see(leaf, "batch", INPUT)
-                with around():
+                with manner.around():
                     loss, output = work.loss(work.model, batch)
                 recorder.mark(BACKWARD)
                 if loss is not None:

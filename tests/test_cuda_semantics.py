@@ -1,0 +1,108 @@
+"""A step as it runs on CUDA, without a card."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from autobatch.simulate.cuda_semantics import cuda_semantics, operator_temporaries, use_foreach
+from autobatch.simulate.trace import Manner, Trace, trace_step
+from autobatch.workload.workload import build_workload
+
+AMPERE, TURING, KEPLER = (8, 0), (7, 5), (3, 5)
+
+
+def traced(
+    model: nn.Module, sample: Any, step: Any, *, precision: str | None = None, card: tuple[int, int] = AMPERE, optimizer: Any = None
+) -> Trace:
+    manner = Manner(around=lambda: cuda_semantics(precision, card), temporaries=operator_temporaries, prepare=use_foreach)
+    return trace_step(build_workload(model, sample, step=step, optimizer=optimizer), len(sample), manner)
+
+
+class Attention(nn.Module):
+    def __init__(self, head: int = 64, mask: bool = False) -> None:
+        super().__init__()
+        self.head, self.mask = head, mask
+        self.qkv = nn.Linear(4 * head, 12 * head)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, length, _ = x.shape
+        query, key, value = self.qkv(x).view(rows, length, 3, 4, self.head).permute(2, 0, 3, 1, 4).unbind()
+        mask = torch.ones(length, length, dtype=torch.bool) if self.mask else None
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def attend(head: int = 64, mask: bool = False, **where: Any) -> Trace:
+    return traced(Attention(head, mask), torch.randn(2, 100, 4 * head), lambda net, x: net(x).float().sum(), **where)
+
+
+def operators(trace: Trace) -> set[str]:
+    return {storage.operator for storage in trace.storages}
+
+
+@pytest.mark.parametrize(
+    ("where", "kernel"),
+    [
+        ({"precision": "bf16"}, "_scaled_dot_product_flash_attention"),
+        ({"precision": "fp16"}, "_scaled_dot_product_flash_attention"),
+        ({}, "_scaled_dot_product_efficient_attention"),
+        ({"precision": "fp16", "card": TURING}, "_scaled_dot_product_efficient_attention"),
+        ({"precision": "bf16", "mask": True}, "_scaled_dot_product_efficient_attention"),
+        ({"precision": "bf16", "head": 264}, "_scaled_dot_product_efficient_attention"),
+    ],
+)
+def test_attention_takes_the_kernel_of_dtype_mask_head_and_card(where: dict[str, Any], kernel: str) -> None:
+    assert f"aten.{kernel}" in operators(attend(**where))
+
+
+def test_attention_without_a_fused_kernel_stores_every_weight() -> None:
+    sizes = {storage.size for storage in attend(card=KEPLER).storages if storage.phase == "forward"}
+    assert 2 * 4 * 100 * 100 * 4 in sizes
+    assert 2 * 4 * 100 * 100 * 4 not in {storage.size for storage in attend().storages}
+
+
+def test_flash_attentions_backward_accumulates_in_fp32() -> None:
+    trace = attend(head=40, precision="bf16")
+    inside = [s for s in trace.storages if s.tag == "temporary" and s.operator == "aten._scaled_dot_product_flash_attention_backward"]
+    assert max(storage.size for storage in inside) == 4 * 2 * 4 * 128 * (64 + 1)
+
+
+def test_dropout_keeps_a_bool_mask() -> None:
+    trace = traced(nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.5)), torch.randn(8, 64), lambda net, x: net(x).square().mean())
+    kept = [s.size for s in trace.storages if s.operator == "aten.native_dropout"]
+    assert sorted(set(kept)) == [8 * 64, 8 * 64 * 4]
+
+
+def test_autocast_keeps_norms_softmax_and_losses_in_fp32_and_casts_a_weight_once() -> None:
+    model = nn.Sequential(nn.Linear(64, 96), nn.LayerNorm(96), nn.Softmax(-1))
+    shared = model[0]
+    seen: dict[str, torch.dtype] = {}
+
+    def step(net: Any, x: Tensor) -> Tensor:
+        hidden = net[0](x)
+        seen["linear"] = hidden.dtype
+        seen["again"] = net[0](x).dtype
+        hidden = net[1](hidden)
+        seen["norm"] = hidden.dtype
+        seen["softmax"] = net[2](hidden.bfloat16()).dtype
+        seen["cat"] = torch.cat([hidden, hidden.bfloat16()]).dtype
+        loss = F.mse_loss(hidden.bfloat16(), torch.zeros_like(hidden))
+        seen["loss"] = loss.dtype
+        return loss
+
+    trace = traced(model, torch.randn(8, 64), step, precision="bf16")
+    full = torch.float32
+    assert seen == {"linear": torch.bfloat16, "again": torch.bfloat16, "norm": full, "softmax": full, "cat": full, "loss": full}
+    casts = [s for s in trace.storages if s.size == shared.weight.numel() * 2 and s.phase == "forward"]
+    assert len(casts) == 2  # one in each iteration
+
+
+def test_optimizers_step_over_all_parameters_at_once() -> None:
+    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256))
+    together = traced(model, torch.randn(1, 256), lambda net, x: net(x).sum(), optimizer=torch.optim.AdamW)
+    temporaries = sum(s.size for s in together.storages if s.phase == "optimizer" and s.operator.startswith("aten._foreach"))
+    assert temporaries >= sum(p.numel() * 4 for p in model.parameters())
