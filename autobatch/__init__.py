@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from autobatch.core.records import Probe as Probe
     from autobatch.core.records import Setting as Setting
     from autobatch.core.records import Trying as Trying
+    from autobatch.estimator import estimate as estimate
     from autobatch.finder import find as find
     from autobatch.finder import search as search
     from autobatch.workload.workload import Workload as Workload
@@ -45,6 +46,7 @@ _HOMES = {
     "Workload": "autobatch.workload.workload",
     "WorkloadFailed": "autobatch.core.errors",
     "build_workload": "autobatch.workload.workload",
+    "estimate": "autobatch.estimator",
     "find": "autobatch.finder",
     "search": "autobatch.finder",
 }

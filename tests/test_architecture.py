@@ -24,9 +24,10 @@ MAY_IMPORT = {
     "simulate": {"core", "devices", "workload"},
     "loop": {"core"},
     "finder": {"core", "probe", "loop"},
+    "estimator": {"core", "loop", "simulate", "workload"},
     "examples": {"core", ""},
-    "": {"core", "workload", "finder", "_version"},
-    "cli": {"core", "devices", "probe", "simulate", "loop", "report", "_version"},
+    "": {"core", "workload", "estimator", "finder", "_version"},
+    "cli": {"core", "devices", "estimator", "probe", "simulate", "loop", "report", "_version"},
     "__main__": {"cli"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -97,7 +98,7 @@ def test_exported_names_are_sorted_documented_and_importable() -> None:
             assert getattr(autobatch, name).__doc__
     assert set(autobatch.__all__) == {
         "AutobatchError", "BatchPlan", "DeviceUnavailable", "InvalidRequest", "MemoryReading", "NoBatchSizeFits", "Outcome", "Peak",
-        "Probe", "Setting", "Trying", "WorkerFailed", "Workload", "WorkloadFailed", "__version__", "build_workload", "find",
+        "Probe", "Setting", "Trying", "WorkerFailed", "Workload", "WorkloadFailed", "__version__", "build_workload", "estimate", "find",
         "search",
     }  # fmt: skip
     with pytest.raises(AttributeError, match="no attribute 'fnid'"):

@@ -177,6 +177,11 @@ def test_the_options_are_frozen() -> None:
     options = {name: sorted(o for p in command.params for o in p.opts) for name, command in group.commands.items()}
     assert options == {
         "devices": ["--json", "--margin", "--memory-budget"],
+        "estimate": [
+            "--all-gpus", "--base-batch-size", "--base-lr", "--dataset-size", "--epochs", "--explain", "--global-batch-size", "--
+            gpu", "--json", "--lr-rule", "--margin", "--max-batch-size", "--memory-budget", "--min-batch-size", "--mode", "--
+            multiple-of", "--optimizer", "--precision", "--tolerance", "target",
+        ],
         "probe": [
             "--base-batch-size", "--base-lr", "--dataset-size", "--device", "--epochs", "--format", "--global-batch-size", "--json",
             "--lr-rule", "--margin", "--max-batch-size", "--memory-budget", "--min-batch-size", "--mode", "--multiple-of",

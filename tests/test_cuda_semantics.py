@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -106,3 +107,28 @@ def test_optimizers_step_over_all_parameters_at_once() -> None:
     together = traced(model, torch.randn(1, 256), lambda net, x: net(x).sum(), optimizer=torch.optim.AdamW)
     temporaries = sum(s.size for s in together.storages if s.phase == "optimizer" and s.operator.startswith("aten._foreach"))
     assert temporaries >= sum(p.numel() * 4 for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("precision", "kernel"),
+    [("bf16", "_scaled_dot_product_flash_attention"), (None, "_scaled_dot_product_efficient_attention")],
+)
+def test_torchs_own_attention_module_is_caught_inside(precision: str | None, kernel: str) -> None:
+    layer = nn.TransformerEncoderLayer(64, 4, dim_feedforward=128, batch_first=True)
+    trace = traced(layer, torch.randn(2, 10, 64), lambda net, x: net(x).float().sum(), precision=precision)
+    assert f"aten.{kernel}" in operators(trace)
+    assert F.linear.__name__ == "linear"
+
+
+def test_checkpointed_blocks_keep_less_and_run_again_as_on_cuda() -> None:
+    from autobatch.simulate.step import checkpoint_blocks, repeated_blocks
+
+    blocks = nn.Sequential(*(nn.TransformerEncoderLayer(64, 4, dim_feedforward=256, batch_first=True) for _ in range(6)))
+    work = build_workload(blocks, torch.randn(8, 32, 64), step=lambda net, x: net(x).float().sum(), precision="bf16")
+    peaks = []
+    again = functools.partial(cuda_semantics, "bf16", AMPERE, keep_casts=False)
+    for change in (lambda _: None, functools.partial(checkpoint_blocks, again=again)):
+        manner = Manner(around=lambda: cuda_semantics("bf16", AMPERE), change=change)
+        peaks.append(trace_step(work, 64, manner).peak())
+    assert len(repeated_blocks(blocks)) == 6
+    assert peaks[1] < 0.5 * peaks[0]

@@ -10,6 +10,7 @@ import click
 
 from autobatch._version import __version__
 from autobatch.cli.devices import devices
+from autobatch.cli.estimate import estimate
 from autobatch.cli.probe import probe
 from autobatch.core.errors import AutobatchError, WorkerFailed, WorkloadFailed
 from autobatch.report.lines import plain
@@ -28,6 +29,7 @@ def group() -> None:
 
 group.add_command(probe)
 group.add_command(devices)
+group.add_command(estimate)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

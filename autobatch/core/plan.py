@@ -86,6 +86,7 @@ class BatchPlan:
         wall_kind: ``"probed"`` when the wall was run, ``"predicted"`` when the memory model gave it.
         exact: whether the next permitted size above ``best`` is known not to fit.
         evidence: ``"measured"`` or ``"simulated"``.
+        low, high: batch sizes between which the true maximum is expected, where the evidence is simulated.
         peak_allocated: bytes allocated to tensors at the highest point of a step.
         peak_reserved: bytes the caching allocator held at its highest.
         budget: bytes the training step may use, margin included.
@@ -125,6 +126,8 @@ class BatchPlan:
     wall_kind: str | None = None
     exact: bool
     evidence: str = "measured"
+    low: int | None = None
+    high: int | None = None
     peak_allocated: int | None = None
     peak_reserved: int | None = None
     budget: int
@@ -194,7 +197,6 @@ def make_plan(
     wall_kind: str | None,
     limited_by: str,
     exact: bool,
-    evidence: str = "measured",
     notes: Sequence[str] = (),
 ) -> BatchPlan:
     """Return the plan for ``batch_size`` rows per device, which one of ``probes`` must have found to fit.
@@ -216,7 +218,7 @@ def make_plan(
         wall_kind=wall_kind,
         limited_by=limited_by,
         exact=exact,
-        evidence=evidence,
+        evidence=setting.evidence,
         probes=tuple(probes),
         **_epoch_fields(setting, request, batch_size, steps),
         **_rate_fields(rates, request),

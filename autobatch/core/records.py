@@ -204,6 +204,7 @@ class Setting:
         environment: versions and machine, name to text.
         notes: what the user should know about how the step was built.
         defaults: plan options (``base_lr``, ``global_batch_size``, …) that the target itself named.
+        evidence: ``"measured"``, or ``"simulated"`` for a card that is not here.
     """
 
     device: str
@@ -223,6 +224,7 @@ class Setting:
     environment: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    evidence: str = "measured"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ softmax, losses and reductions in fp32. Temporaries inside operators, which no f
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -18,113 +19,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-# Functions that run in autocast's low dtype, and those that run in fp32, by the name that Python calls them.
-_LOW = frozenset(
-    [
-        "linear",
-        "matmul",
-        "__matmul__",
-        "__rmatmul__",
-        "mm",
-        "mv",
-        "bmm",
-        "addmm",
-        "addmv",
-        "addr",
-        "addbmm",
-        "baddbmm",
-        "einsum",
-        "chain_matmul",
-        "multi_dot",
-        "prelu",
-        "bilinear",
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "conv_tbc",
-        "conv_transpose1d",
-        "conv_transpose2d",
-        "conv_transpose3d",
-        "convolution",
-    ]
-)
-_FULL = frozenset(
-    [
-        "layer_norm",
-        "group_norm",
-        "rms_norm",
-        "norm",
-        "local_response_norm",
-        "softmax",
-        "log_softmax",
-        "softmin",
-        "softplus",
-        "gumbel_softmax",
-        "cross_entropy",
-        "nll_loss",
-        "binary_cross_entropy_with_logits",
-        "mse_loss",
-        "l1_loss",
-        "smooth_l1_loss",
-        "huber_loss",
-        "kl_div",
-        "cosine_embedding_loss",
-        "cosine_similarity",
-        "poisson_nll_loss",
-        "hinge_embedding_loss",
-        "margin_ranking_loss",
-        "soft_margin_loss",
-        "triplet_margin_loss",
-        "multi_margin_loss",
-        "multilabel_margin_loss",
-        "sum",
-        "prod",
-        "cumsum",
-        "cumprod",
-        "exp",
-        "expm1",
-        "log",
-        "log10",
-        "log2",
-        "log1p",
-        "pow",
-        "__pow__",
-        "__rpow__",
-        "rsqrt",
-        "reciprocal",
-        "acos",
-        "asin",
-        "cosh",
-        "sinh",
-        "tan",
-        "erfinv",
-        "logsumexp",
-        "renorm",
-        "cdist",
-        "pdist",
-        "dist",
-    ]
-)
-# Functions whose floating-point arguments are brought to the widest dtype among them.
-_WIDEST = frozenset(
-    [
-        "cat",
-        "stack",
-        "concat",
-        "concatenate",
-        "hstack",
-        "vstack",
-        "addcmul",
-        "addcdiv",
-        "atan2",
-        "dot",
-        "cross",
-        "grid_sample",
-        "scatter_add",
-        "tensordot",
-    ]
-)
+from autobatch.simulate.autocast_lists import FULL, LOW, WIDEST
+
 _HALF = (torch.float16, torch.bfloat16)
+# As they are before anything replaces them.
+_ATTENTION, _DROPOUT = F.scaled_dot_product_attention, F.dropout
 _FLASH_HEAD = 256  # the largest head size of the flash kernels
 
 
@@ -134,29 +33,49 @@ class CudaSemantics(TorchFunctionMode):
     Args:
         precision: autocast dtype by name, ``None`` for none.
         capability: compute capability of the card, for example ``(8, 6)``.
+        keep_casts: whether a weight is cast once until the end, or each time, as in a part that runs again in the backward pass.
     """
 
-    def __init__(self, precision: str | None, capability: tuple[int, int]) -> None:
+    def __init__(self, precision: str | None, capability: tuple[int, int], *, keep_casts: bool = True) -> None:
         super().__init__()
         self._low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision or "")
-        self._capability = capability
+        self._capability, self._keep_casts = capability, keep_casts
         self._casts: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if func is F.scaled_dot_product_attention:
+        if func is _ATTENTION:
             return self._attention(*args, **kwargs)
-        if func is F.dropout:
+        if func is _DROPOUT:
             return self._dropout(*args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            with self._inside_functional():
+                return func(*args, **kwargs)
         if self._low is not None:
-            if name in _LOW:
+            if name in LOW:
                 args, kwargs = tree_map(self._to_low, (args, kwargs))
-            elif name in _FULL:
+            elif name in FULL:
                 args, kwargs = tree_map(_to_full, (args, kwargs))
-            elif name in _WIDEST:
+            elif name in WIDEST:
                 args, kwargs = _to_widest(args, kwargs)
         return func(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _inside_functional(self) -> Iterator[None]:
+        """Catch what a function written in Python calls itself: inside a call this mode is off."""
+        names = ("linear", "scaled_dot_product_attention", "dropout", "softmax")
+        originals = {name: getattr(F, name) for name in names}
+        try:
+            for name, original in originals.items():
+                setattr(F, name, functools.partial(self._call, original))
+            yield
+        finally:
+            for name, original in originals.items():
+                setattr(F, name, original)
+
+    def _call(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.__torch_function__(original, (), args, kwargs)
 
     def forget_casts(self) -> None:
         """Drop the weights' casts, as leaving autocast does."""
@@ -166,7 +85,7 @@ class CudaSemantics(TorchFunctionMode):
         """Return a floating-point tensor in the low dtype; the cast of a weight is made once."""
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype in (self._low, torch.float64):
             return value
-        if not (value.is_leaf and value.requires_grad and value.dtype == torch.float32):
+        if not (self._keep_casts and value.is_leaf and value.requires_grad and value.dtype == torch.float32):
             return value.to(self._low)
         if id(value) not in self._casts:
             self._casts[id(value)] = value, value.to(self._low)
@@ -215,9 +134,9 @@ class CudaSemantics(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def cuda_semantics(precision: str | None, capability: tuple[int, int]) -> Iterator[None]:
+def cuda_semantics(precision: str | None, capability: tuple[int, int], *, keep_casts: bool = True) -> Iterator[None]:
     """Run what is inside as it would run on a card of that compute capability."""
-    semantics = CudaSemantics(precision, capability)
+    semantics = CudaSemantics(precision, capability, keep_casts=keep_casts)
     with semantics:
         yield
     semantics.forget_casts()

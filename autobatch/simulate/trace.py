@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -23,15 +24,8 @@ from autobatch.workload.batches import map_tensors
 from autobatch.workload.workload import Workload
 
 # What a storage is there for, as far as it shows.
-PARAMETER, BUFFER, STATE, GRADIENT, INPUT, ACTIVATION, TEMPORARY = (
-    "parameter",
-    "buffer",
-    "optimizer state",
-    "gradient",
-    "input",
-    "activation",
-    "temporary",
-)
+PARAMETER, BUFFER, STATE = "parameter", "buffer", "optimizer state"
+GRADIENT, INPUT, ACTIVATION, TEMPORARY = "gradient", "input", "activation", "temporary"
 FORWARD, BACKWARD, OPTIMIZER = "forward", "backward", "optimizer"
 
 
@@ -88,6 +82,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace, self._temporaries = trace, temporaries
         self.phase, self.modules, self.paused = "", [""], False
+        self.ended = False
         self._live: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -132,6 +127,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.trace.marks.append((len(self.trace.events), phase))
 
     def _end(self, key: int, index: int) -> None:
+        if self.ended:
+            return
         if self._live.get(key) == index:
             del self._live[key]
         self.trace.storages[index].died = self.phase
@@ -173,11 +170,13 @@ class Manner:
         around: gives the context in which forward and loss run.
         temporaries: bytes that an operator takes inside itself, by its name and its arguments.
         prepare: called with the optimizer before the first step.
+        change: called with the fake copy of the model before anything runs.
     """
 
     around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     temporaries: Callable[[str, tuple[Any, ...]], int] = lambda _operator, _arguments: 0
     prepare: Callable[[Any], None] = lambda _optimizer: None
+    change: Callable[[nn.Module], None] = lambda _model: None
 
 
 def trace_step(workload: Workload, batch_size: int, manner: Manner | None = None) -> Trace:
@@ -191,11 +190,13 @@ def trace_step(workload: Workload, batch_size: int, manner: Manner | None = None
     Raises:
         Exception: what the step raises; on values it depends on, torch's ``DataDependentOutputException`` and its like.
     """
-    mode, trace = FakeTensorMode(allow_non_fake_inputs=True), Trace(batch_size)
+    mode = next((p.fake_mode for p in workload.model.parameters() if isinstance(p, FakeTensor) and p.fake_mode.allow_non_fake_inputs), None)
+    mode, trace = mode or FakeTensorMode(allow_non_fake_inputs=True), Trace(batch_size)
     work, manner = fake_copy(workload, mode), manner or Manner()
     manner.prepare(work.optimizer)
+    manner.change(work.model)
     recorder = _Recorder(trace, manner.temporaries)
-    with mode, recorder, _module_names(work.model, recorder):
+    with _collected_by_hand(), mode, recorder, _module_names(work.model, recorder):
         _see_resident(work, recorder)
         train = work.mode == "train"
         work.model.train(train)
@@ -209,28 +210,37 @@ def trace_step(workload: Workload, batch_size: int, manner: Manner | None = None
                     if isinstance(leaf, Tensor):
                         recorder.see(leaf, "batch", INPUT)
                 with manner.around():
-                    loss, output = work.loss(work.model, batch)
+                    loss, _output = work.loss(work.model, batch)
                 recorder.mark(BACKWARD)
                 if loss is not None:
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    torch.autograd.backward(loss)
                 _tag_gradients(work, recorder)
                 recorder.mark(OPTIMIZER)
                 if work.optimizer is not None:
                     work.optimizer.step()
                     _tag_states(work, recorder)
                 work.model.zero_grad(set_to_none=True)
-        held = [batch, loss, output]
+                gc.collect()
+        recorder.ended = True  # what ends from here on ends with the copy
     _tag_temporaries(trace)
-    del held
     return trace
 
 
+@contextlib.contextmanager
+def _collected_by_hand() -> Iterator[None]:
+    """Keep Python from collecting cycles at moments of its own, so that a trace is the same every time."""
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def _fake_batch(work: Workload, batch_size: int, mode: FakeTensorMode) -> Any:
-    return map_tensors(work.make_batch(batch_size), lambda leaf: leaf if _is_fake(leaf) else mode.from_tensor(leaf))
-
-
-def _is_fake(tensor: Tensor) -> bool:
-    return type(tensor).__name__ == "FakeTensor"
+    return map_tensors(work.make_batch(batch_size), lambda leaf: leaf if isinstance(leaf, FakeTensor) else mode.from_tensor(leaf))
 
 
 def _see_resident(work: Workload, recorder: _Recorder) -> None:
