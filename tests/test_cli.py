@@ -178,9 +178,9 @@ def test_the_options_are_frozen() -> None:
     assert options == {
         "devices": ["--json", "--margin", "--memory-budget"],
         "estimate": [
-            "--all-gpus", "--base-batch-size", "--base-lr", "--dataset-size", "--epochs", "--explain", "--global-batch-size", "--
-            gpu", "--json", "--lr-rule", "--margin", "--max-batch-size", "--memory-budget", "--min-batch-size", "--mode", "--
-            multiple-of", "--optimizer", "--precision", "--tolerance", "target",
+            "--all-gpus", "--base-batch-size", "--base-lr", "--dataset-size", "--epochs", "--explain", "--global-batch-size",
+            "--gpu", "--json", "--lr-rule", "--margin", "--max-batch-size", "--memory-budget", "--min-batch-size", "--mode",
+            "--multiple-of", "--optimizer", "--precision", "--tolerance", "target",
         ],
         "probe": [
             "--base-batch-size", "--base-lr", "--dataset-size", "--device", "--epochs", "--format", "--global-batch-size", "--json",
