@@ -131,7 +131,7 @@ def estimate_target(
 
     Its tensors are never made where that can be avoided.
     """
-    from autobatch.simulate.step import load_without_memory
+    from autobatch.simulate.loading import load_without_memory
 
     cards = [find_card(name) for name in gpus]
     work, defaults = load_without_memory(target, overrides)

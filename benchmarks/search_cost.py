@@ -12,7 +12,7 @@ import math
 import random
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -25,6 +25,8 @@ from autobatch.simulate.synthetic import SyntheticProber, SyntheticWorkload
 COUNT = 2000
 SEED = 20261121
 WOBBLES = (0.0, 0.002, 0.03)
+# A simulation that is off by up to 10 %, and ones that are wrong by ten times.
+STEERED = (("steered ±10 %", 0.1, 1.0), ("steered ×10", 0.1, 10.0), ("steered ÷10", 0.1, 0.1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +34,7 @@ class Cost:
     """What the searches of one row of the table took, over all workloads.
 
     Attributes:
-        search: ``"model"`` or ``"plain"``.
+        search: ``"model"``, ``"plain"``, or ``"steered"`` by an expectation, with the error of that.
         wobble: relative wobble of the peaks.
         median_probes, mean_probes: trials of the search.
         out_of_memory: mean trials that did not fit.
@@ -67,10 +69,19 @@ def workloads(count: int = COUNT, seed: int = SEED) -> Iterator[SyntheticWorkloa
             yield workload
 
 
-def run(workload: SyntheticWorkload, *, advised: bool, tolerance: float = 0.01) -> tuple[int, list[tuple[int, bool]]]:
+def expectation(workload: SyntheticWorkload, error: float) -> Callable[[int], float]:
+    """Return what a simulation would expect of ``workload`` that is off by up to ``error``, fixed part and rows each on their own."""
+    draw = random.Random(workload.seed)
+    fixed, rows = (part * (1 + draw.uniform(-error, error)) for part in (workload.fixed, workload.per_sample))
+    return lambda size: max(fixed + rows * size, fixed * workload.optimizer)
+
+
+def run(
+    workload: SyntheticWorkload, *, advised: bool, tolerance: float = 0.01, expected: Callable[[int], float] | None = None
+) -> tuple[int, list[tuple[int, bool]]]:
     """Return the answer of one search and its trials as ``(batch size, fits)``."""
     prober = SyntheticProber(workload)
-    model = MemoryModel(prober.setting.cap)
+    model = MemoryModel(prober.setting.cap, expected)
     search = Search(SearchSpace(tolerance=tolerance), model if advised else None)
     trials = []
     while (size := search.ask()) is not None:
@@ -82,19 +93,21 @@ def run(workload: SyntheticWorkload, *, advised: bool, tolerance: float = 0.01) 
     return search.best, trials
 
 
-def measure(wobble: float, *, advised: bool, count: int = COUNT) -> Cost:
-    """Return what the searches cost when peaks wobble by ``wobble``."""
+def measure(wobble: float, *, advised: bool, count: int = COUNT, steered: tuple[str, float, float] | None = None) -> Cost:
+    """Return what the searches cost when peaks wobble by ``wobble``; ``steered`` names an expectation, its error and a factor on it."""
     probes, failures, rows, worst, untested = [], [], [], 1.0, 0
     for base in workloads(count):
         workload = replace(base, wobble=wobble)
-        answer, trials = run(workload, advised=advised)
+        answer, trials = run(
+            workload, advised=advised, expected=_scaled(expectation(workload, steered[1]), steered[2]) if steered else None
+        )
         probes.append(len(trials))
         failures.append(sum(not fits for _, fits in trials))
         rows.append(sum(size for size, _ in trials) / answer)
         worst = min(worst, answer / workload.largest_fit())
         untested += (answer, True) not in trials
     return Cost(
-        search="model" if advised else "plain",
+        search=steered[0] if steered else "model" if advised else "plain",
         wobble=wobble,
         median_probes=statistics.median(probes),
         mean_probes=statistics.mean(probes),
@@ -105,12 +118,16 @@ def measure(wobble: float, *, advised: bool, count: int = COUNT) -> Cost:
     )
 
 
+def _scaled(expected: Callable[[int], float], factor: float) -> Callable[[int], float]:
+    return lambda size: factor * expected(size)
+
+
 def table(costs: list[Cost]) -> list[str]:
     """Return the figures as lines."""
-    lines = [f"{'search':<7}{'wobble':>8}{'median':>8}{'mean':>7}{'OOM':>7}{'rows':>8}{'worst':>8}{'untested':>10}"]
+    lines = [f"{'search':<14}{'wobble':>8}{'median':>8}{'mean':>7}{'OOM':>7}{'rows':>8}{'worst':>8}{'untested':>10}"]
     for c in costs:
         lines.append(
-            f"{c.search:<7}{c.wobble:>8.1%}{c.median_probes:>8g}{c.mean_probes:>7.2f}{c.out_of_memory:>7.2f}{c.rows:>7.2f}×{c.worst:>8.1%}"
+            f"{c.search:<14}{c.wobble:>8.1%}{c.median_probes:>8g}{c.mean_probes:>7.2f}{c.out_of_memory:>7.2f}{c.rows:>7.2f}×{c.worst:>8.1%}"
             f"{c.untested:>10.1%}"
         )
     return lines
@@ -118,6 +135,7 @@ def table(costs: list[Cost]) -> list[str]:
 
 def main() -> None:
     costs = [measure(wobble, advised=advised) for advised in (True, False) for wobble in WOBBLES]
+    costs += [measure(wobble, advised=True, steered=how) for how in STEERED for wobble in WOBBLES[:2]]
     print(f"search cost over {COUNT} synthetic workloads at 1 % tolerance (a confirming trial comes on top)")
     print("\n".join(table(costs)))
     if "--json" in sys.argv:

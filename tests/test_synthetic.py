@@ -7,7 +7,7 @@ import pytest
 from autobatch import Outcome
 from autobatch.core.units import GIB, MIB
 from autobatch.simulate.synthetic import SyntheticProber, SyntheticWorkload
-from benchmarks.search_cost import COUNT, measure
+from benchmarks.search_cost import COUNT, STEERED, measure
 
 WORK = SyntheticWorkload(capacity=8 * GIB, fixed=GIB, per_sample=100 * MIB, optimizer=1.5)
 
@@ -59,3 +59,14 @@ def test_plain_doubling_and_bisection_cost_several_times_as_much() -> None:
     assert plain.mean_probes > 4 * advised.mean_probes
     assert plain.rows > 4 * advised.rows
     assert plain.untested == 0
+
+
+def test_a_simulation_that_is_off_by_a_tenth_saves_probes_and_one_that_is_wrong_by_ten_times_costs_few() -> None:
+    plain = measure(0.002, advised=True)
+    near, more, less = (measure(0.002, advised=True, steered=how) for how in STEERED)
+    assert near.median_probes <= 3
+    assert near.rows <= 2.05
+    assert near.worst >= 0.985
+    assert more.mean_probes <= plain.mean_probes + 3
+    assert less.mean_probes <= plain.mean_probes + 3
+    assert near.untested == more.untested == less.untested == 0

@@ -8,11 +8,14 @@ against it, and a predicted wall counts only after a probe close to it came out 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from autobatch.core.records import Probe
 from autobatch.core.units import MIB
 
+# No batch is larger.
+LAST = 2**20
 # Relative wobble that is expected of readings, the worst that a jump must survive, and the absolute steps that allocators round to.
 WOBBLE = 0.0025
 WORST_WOBBLE = 0.03
@@ -24,6 +27,11 @@ NEAR_WALL = 0.05
 CONFIRMED = 0.01
 # How far below a wall the next size is taken.
 STEP = 0.02
+# Where a search begins that expects something: at a size expected to need this share of the limit. Less than half, so that it fits also
+# where twice as much is needed, and the step from there to the wall doubles the best.
+START = 0.46
+# How much of the way from there to the predicted wall the second probe goes.
+CLOSE = 0.99
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +55,19 @@ class Line:
 class MemoryModel:
     """Predicts peaks from the probes it has observed, and advises a search under ``cap`` bytes.
 
+    Args:
+        cap: bytes a trial may use.
+        expected: bytes that a step of so many rows is expected to need, from a simulation, say. The first probe calibrates it; where that
+            one does not fit, it is forgotten.
+
     Attributes:
         cap: bytes a trial may use.
         residual: largest relative error with which a probe was predicted from those before it, ``None`` before there was one.
     """
 
-    def __init__(self, cap: int) -> None:
+    def __init__(self, cap: int, expected: Callable[[int], float] | None = None) -> None:
         self.cap = cap
+        self._expected = expected
         self.residual: float | None = None
         self._forward_backward: dict[int, int] = {}
         self._optimizer: dict[int, int] = {}
@@ -61,6 +75,8 @@ class MemoryModel:
 
     def observe(self, probe: Probe) -> None:
         """Take in a probe; one that did not fit broke off before its peak and says nothing, one without readings neither."""
+        if not probe.outcome.fits and not self._forward_backward:
+            self._expected = None  # it was to fit easily
         if not probe.outcome.fits or probe.forward_backward is None:
             return
         size, peak = probe.batch_size, probe.peak_allocated
@@ -83,14 +99,20 @@ class MemoryModel:
         # The line passes through what was measured, give or take the last bit of a float.
         return None if size == float("inf") else max(0, int(size + 1e-6))
 
+    def start(self, last: int) -> int | None:
+        """Return the batch size to begin with, at most ``last``: near the expected wall, ``None`` where nothing is expected."""
+        return None if self._expected is None else _reaches(self._expected, START * self.cap, last) or None
+
     def suggest(self, best: int, wall: int | None) -> int | None:
         """Return the batch size to try next: as far up as must fit, then where the wall is predicted, ``None`` for no advice."""
         if best not in self._forward_backward:
             return None
         limit = self.largest(self.cap)
-        if wall is not None:
-            return self._below(wall, best, limit)
+        if wall is None and limit is not None and best < limit and len(self._forward_backward) == 1 and self._expected is not None:
+            return best + max(1, int(CLOSE * (limit - best)))
         safe = self._safe(best)
+        if wall is not None and (limit or safe) >= wall * (1 - NEAR_WALL):
+            return self._below(wall, best, limit)
         if limit is None or best < limit * (1 - NEAR_WALL):
             if safe >= 2 * best or limit is None or safe >= limit * (1 - CONFIRMED):
                 return safe if safe > best else None
@@ -146,7 +168,26 @@ class MemoryModel:
         return max(self._forward_backward[size], self._optimizer.get(size, 0))
 
     def _lines(self) -> list[Line]:
+        if len(self._forward_backward) == 1 and self._expected is not None:
+            return self._calibrated(self._expected)
         return [line for points in (self._forward_backward, self._optimizer) if (line := _through(points)) is not None]
+
+    def _calibrated(self, expected: Callable[[int], float]) -> list[Line]:
+        """Return the line from the one measured size to the wall that is expected once it is scaled to what was measured."""
+        ((size, measured),) = self._forward_backward.items()
+        scale = self._peak(size) / max(1.0, expected(size))
+        wall = max(size + 1, _reaches(expected, self.cap / scale, LAST))
+        slope = (scale * expected(wall) - measured) / (wall - size)
+        return [Line(base=measured - slope * size, per_sample=slope)] if slope > 0 else []
+
+
+def _reaches(expected: Callable[[int], float], limit: float, last: int) -> int:
+    """Return the largest size up to ``last`` that is expected to need at most ``limit`` bytes."""
+    fits, fails = 0, last + 1
+    while fails - fits > 1:
+        middle = min((fits + fails) // 2, max(1, 4 * fits))  # from below: small sizes are cheap to think about
+        fits, fails = (middle, fails) if expected(middle) <= limit else (fits, middle)
+    return fits
 
 
 def _through(points: dict[int, int]) -> Line | None:

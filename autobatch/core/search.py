@@ -5,8 +5,9 @@
         search.tell(size, fits(size))
 
 The guarantee does not depend on the advice. A size the advisor hints at is a *hinted* probe, any other a *plain* one. A hinted probe
-has to earn its place: unless it halved the bracket or, while nothing has failed, doubled the best, the next probe is plain. So two
-probes in a row always halve the bracket or double the best, and a search ends within ``4·log2(limit) + 4`` probes.
+has to earn its place: unless it halved the bracket or doubled the best, the next probe is plain. So two probes in a row always halve
+the bracket or double the best, and a search ends within ``4·log2(limit) + 4`` probes. A search that expects something may begin with a
+hint as well; where that does not fit, it goes on from the smallest size.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ class Ending(Enum):
 
 class Advisor(Protocol):
     """What a search may ask; the answers may be wrong, or hostile, and cost probes at the most."""
+
+    def start(self, last: int) -> int | None:
+        """Return the batch size to begin with, at most ``last``, ``None`` for no advice."""
 
     def suggest(self, best: int, wall: int | None) -> int | None:
         """Return the batch size to try next, ``None`` for no advice."""
@@ -111,7 +115,7 @@ class Search:
         else:
             self.wall = batch_size
         if self._pending_is_hint:
-            doubled = fits and self.wall is None and best is not None and batch_size >= 2 * best
+            doubled = fits and (best is None or batch_size >= 2 * best)
             self._owes_plain = not doubled and 2 * self._width() > width
 
     def reject(self, batch_size: int) -> None:
@@ -133,13 +137,17 @@ class Search:
 
     def _hint(self) -> int | None:
         """Return the advisor's size as a permitted one inside the bracket, ``None`` when there is none."""
-        if self._advisor is None or self.best is None:
+        space = self._space
+        if self._advisor is None:
             return None
+        multiple = space.multiple_of
+        if self.best is None:
+            begin = self._advisor.start(space.last) if self.wall is None else None
+            return None if begin is None else min(max(begin // multiple * multiple, space.first), space.last)
         suggested = self._advisor.suggest(self.best, self.wall)
         if suggested is None:
             return None
-        multiple = self._space.multiple_of
-        top = self._space.last if self.wall is None else self.wall - multiple
+        top = space.last if self.wall is None else self.wall - multiple
         return min(max(suggested // multiple * multiple, self.best + multiple), top)
 
     def _plain(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,16 +12,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensorMode,
     UnsupportedFakeTensorException,
 )
 
-from autobatch.core.errors import InvalidRequest, WorkloadFailed
+from autobatch.core.errors import WorkloadFailed
 from autobatch.simulate.affine import AffineTrace, NotAffine
 from autobatch.simulate.cuda_semantics import cuda_semantics, operator_temporaries, use_foreach
 from autobatch.simulate.trace import Manner, trace_step
 from autobatch.workload.state import keep_random_state
-from autobatch.workload.target import load_target
 from autobatch.workload.workload import Workload
 
 # Batch sizes that are traced: two for the lines, one to hold against them. Odd and even, none of them 1, which operators treat apart.
@@ -105,18 +103,3 @@ def checkpoint_blocks(model: nn.Module, *, again: Callable[[], AbstractContextMa
 
     for block in repeated_blocks(model):
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
-
-
-def load_without_memory(target: str, overrides: Mapping[str, Any]) -> tuple[Workload, dict[str, Any]]:
-    """Return what ``target`` names with its tensors fake from the start; really made where the code cannot do without values.
-
-    Raises:
-        AutobatchError: as ``load_target``.
-    """
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            return load_target(target, overrides)
-    except InvalidRequest:
-        raise
-    except Exception:  # noqa: BLE001 whatever code does that meets tensors without values; the second attempt tells its real errors
-        return load_target(target, overrides)

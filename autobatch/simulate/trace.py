@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from autobatch.simulate.loading import fake_mode_of, without_cuda
 from autobatch.workload.batches import map_tensors
 from autobatch.workload.workload import Workload
 
@@ -190,13 +191,12 @@ def trace_step(workload: Workload, batch_size: int, manner: Manner | None = None
     Raises:
         Exception: what the step raises; on values it depends on, torch's ``DataDependentOutputException`` and its like.
     """
-    mode = next((p.fake_mode for p in workload.model.parameters() if isinstance(p, FakeTensor) and p.fake_mode.allow_non_fake_inputs), None)
-    mode, trace = mode or FakeTensorMode(allow_non_fake_inputs=True), Trace(batch_size)
+    mode, trace = fake_mode_of(workload), Trace(batch_size)
     work, manner = fake_copy(workload, mode), manner or Manner()
     manner.prepare(work.optimizer)
     manner.change(work.model)
     recorder = _Recorder(trace, manner.temporaries)
-    with _collected_by_hand(), mode, recorder, _module_names(work.model, recorder):
+    with _collected_by_hand(), without_cuda(), mode, recorder, _module_names(work.model, recorder):
         _see_resident(work, recorder)
         train = work.mode == "train"
         work.model.train(train)

@@ -85,7 +85,7 @@ def test_a_wall_is_confirmed_by_a_probe_close_to_it_that_came_out_as_predicted()
 
 def test_under_a_wall_the_next_size_is_just_below_it() -> None:
     model = model_of(probe(1, GIB), probe(101, 11 * GIB))
-    assert model.suggest(101, 300) == 231  # where the line meets the cap
+    assert model.suggest(101, 300) == 229  # far below the wall: as far up as must fit
     assert model.suggest(101, 200) == 196  # 2 % under a wall that came earlier
     assert model.suggest(101, None) in range(220, 232)
 
@@ -100,3 +100,26 @@ def test_no_readings_break_it(readings: list[tuple[int, int, int]], cap: int) ->
             assert advice is None or isinstance(advice, int)
         assert model.confirmed_limit(size) is None or model.confirmed_limit(size) >= size  # type: ignore[operator]
         assert model.largest(cap) is None or model.largest(cap) >= 0  # type: ignore[operator]
+
+
+def test_what_is_expected_is_calibrated_by_the_first_probe() -> None:
+    """A simulation that asks for a tenth too little: begins below half, and aims short of the wall that the probe puts right."""
+    model = MemoryModel(1000 * MIB, expected=lambda size: (90 + 0.9 * size) * MIB)
+    start = model.start(2**20)
+    assert start == 411  # 90 + 0.9 · 411 MiB are the most below 46 %
+    model.observe(probe(start, (100 + start) * MIB))
+    assert model.largest(model.cap) == 900
+    assert model.suggest(start, None) == start + int(0.99 * (900 - start))
+
+
+def test_what_is_expected_is_forgotten_where_it_did_not_fit() -> None:
+    model = MemoryModel(1000 * MIB, expected=lambda size: size * MIB / 10)
+    model.observe(Probe(batch_size=4600, outcome=Outcome.OOM))
+    assert model.start(2**20) is None
+    model.observe(probe(1, 101 * MIB))
+    assert model.suggest(1, 4600) == 9  # as without any: ten times as much fits even if every row costs as much as the first
+
+
+def test_the_start_is_held_by_what_is_permitted() -> None:
+    assert MemoryModel(1000 * MIB, expected=lambda size: size * MIB).start(64) == 64
+    assert MemoryModel(MIB, expected=lambda size: 2 * MIB + size).start(64) is None

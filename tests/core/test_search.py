@@ -15,8 +15,11 @@ from autobatch.core.search import Advisor, Ending, Search
 class Hints:
     """An advisor that says whatever it was given, over and over; it never confirms anything."""
 
-    def __init__(self, hints: list[int | None], limit: int | None = None) -> None:
-        self._hints, self._limit, self._asked = hints, limit, 0
+    def __init__(self, hints: list[int | None], limit: int | None = None, start: int | None = None) -> None:
+        self._hints, self._limit, self._asked, self._start = hints, limit, 0, start
+
+    def start(self, last: int) -> int | None:
+        return self._start
 
     def suggest(self, best: int, wall: int | None) -> int | None:
         self._asked += 1
@@ -31,6 +34,9 @@ class Oracle:
 
     def __init__(self, largest: int) -> None:
         self._largest = largest
+
+    def start(self, last: int) -> int | None:
+        return None
 
     def suggest(self, best: int, wall: int | None) -> int | None:
         return self._largest if best < self._largest else self._largest + 1
@@ -90,6 +96,13 @@ def test_a_hint_that_earned_nothing_is_followed_by_a_plain_probe() -> None:
     assert run(5, Hints([2**20]))[1][:5] == [1, 2**20, 2**19, 2**19 - 1, 2**18]
 
 
+def test_a_search_that_expects_something_begins_there_and_from_the_smallest_size_where_that_does_not_fit() -> None:
+    assert run(100, Hints([None], start=60))[1] == [60, 120, 90, 105, 97, 101, 99, 100]
+    assert run(100, Hints([None], start=600))[1][:4] == [600, 1, 300, 150]
+    assert run(100, Hints([None], start=0), min=16, multiple_of=8, tolerance=0.1)[1][:2] == [16, 32]
+    assert run(100, Hints([None], start=600), max=90)[1] == [90]
+
+
 def test_a_predicted_wall_counts_only_within_a_tolerance() -> None:
     assert run(64, Hints([], limit=64), tolerance=0.01)[0].ending is Ending.PREDICTED_WALL
     assert run(64, Hints([], limit=64), tolerance=0.0)[0].ending is Ending.PROBED_WALL
@@ -127,13 +140,19 @@ hints = st.lists(st.none() | st.integers(-(2**40), 2**40), max_size=12)
 
 @settings(max_examples=400, deadline=None)
 @given(
-    st.integers(0, 2**21), st.integers(1, 300), st.integers(1, 2**20), st.integers(1, 130), st.sampled_from([0.0, 0.001, 0.01, 0.3]), hints
+    st.integers(0, 2**21),
+    st.integers(1, 300),
+    st.integers(1, 2**20),
+    st.integers(1, 130),
+    st.sampled_from([0.0, 0.001, 0.01, 0.3]),
+    hints,
+    st.none() | st.integers(-5, 2**21),
 )
 def test_no_advice_breaks_the_guarantees(
-    largest: int, smallest: int, more: int, multiple_of: int, tolerance: float, advice: list[int | None]
+    largest: int, smallest: int, more: int, multiple_of: int, tolerance: float, advice: list[int | None], start: int | None
 ) -> None:
     space = SearchSpace(min=smallest, max=smallest + multiple_of + more, multiple_of=multiple_of, tolerance=tolerance)
-    search, asked = run(largest, Hints(advice), min=space.min, max=space.max, multiple_of=multiple_of, tolerance=tolerance)
+    search, asked = run(largest, Hints(advice, start=start), min=space.min, max=space.max, multiple_of=multiple_of, tolerance=tolerance)
     assert len(asked) == len(set(asked))
     assert all(space.first <= size <= space.last and size % multiple_of == 0 for size in asked)
     assert len(asked) <= 4 * math.log2(space.max) + 4
