@@ -10,6 +10,7 @@ from typing import Any
 from autobatch.core.errors import NoBatchSizeFits, WorkloadFailed
 from autobatch.core.options import PlanRequest, SearchOptions
 from autobatch.core.plan import BatchPlan
+from autobatch.core.units import parse_bytes
 from autobatch.loop import Run
 from autobatch.simulate.cards import Card, find_card
 
@@ -26,12 +27,13 @@ def estimate(model: Any, sample: Any = None, *, gpu: str | int | Sequence[str | 
         model: the module to train; it is not touched.
         sample: a batch as the training loop gets it, a ``Dataset`` or a ``DataLoader``.
         gpu: a card's name, bytes (``"24GiB"``), or a list of them.
-        options: ``find``'s arguments, less ``device``, ``isolate``, ``probe_timeout`` and ``progress``.
+        options: ``find``'s arguments, less ``device``, ``isolate``, ``probe_timeout`` and ``progress``; and ``context``, the bytes that the
+            process takes beside its tensors (what nvidia-smi shows for it less ``torch.cuda.memory_reserved()``), by default an assumption.
 
     Raises:
         InvalidRequest: there is no such card, or an argument cannot be meant.
         NoBatchSizeFits: the smallest permitted size does not fit the card.
-        WorkloadFailed: the step depends on values, which fake tensors have not.
+        WorkloadFailed: the step raised.
     """
     from autobatch.workload.workload import build_workload
 
@@ -63,14 +65,16 @@ def _plan(
     search = SearchOptions(**{key: options[key] for key in SearchOptions.__dataclass_fields__ if key in options})
     request = PlanRequest(**{key: options[key] for key in PlanRequest.__dataclass_fields__ if key in options})
     where = {key: options[key] for key in ("memory_budget", "margin") if key in options}
-    unknown = set(options) - {*SearchOptions.__dataclass_fields__, *PlanRequest.__dataclass_fields__, "memory_budget", "margin"}
+    unknown = set(options) - {*SearchOptions.__dataclass_fields__, *PlanRequest.__dataclass_fields__, "memory_budget", "margin", "context"}
     if unknown:
         raise TypeError(f"estimate() got unexpected arguments: {', '.join(sorted(unknown))}")
     settings = AllocatorSettings.from_environment(os.environ)
     if expandable:
         settings = dataclasses.replace(settings, expandable_segments=True)
     step = trace_for(work, card.capability, checkpointed=checkpointed)
-    prober = SimulatedProber(work, step.trace, card, settings=settings, notes=step.notes, **where)
+    given = options.get("context")
+    context = card.context + step.kernels if given is None else parse_bytes(str(given))
+    prober = SimulatedProber(work, step.trace, card, settings=settings, notes=step.notes, context=context, **where, **step.shared)
     prober.setting = dataclasses.replace(prober.setting, defaults=dict(defaults))
     return _with_interval(Run(prober, request, search).plan(), prober, step.uncertainty)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from autobatch.core.errors import NoBatchSizeFits, WorkloadFailed
-from autobatch.core.memory_model import MemoryModel
+from autobatch.core.memory_model import MemoryModel, through_points
 from autobatch.core.options import PlanRequest, SearchOptions
 from autobatch.core.plan import BatchPlan, make_plan, micro_batch
 from autobatch.core.records import Outcome, Probe, Setting, Trying
@@ -53,7 +53,7 @@ class Run:
         dataset_size = request.dataset_size or self._setting.defaults.get("dataset_size") or self._setting.dataset_size
         self._request = dataclasses.replace(request.with_defaults(self._setting.defaults), dataset_size=dataset_size)
         self._space = self._options.space(self._request)
-        self._model = MemoryModel(self._setting.cap)
+        self._model = MemoryModel(self._setting.cap, through_points(self._setting.expected))
         self._search = Search(self._space, self._model)
         self._deadline = None if options.time_limit is None else time.monotonic() + options.time_limit
         self._walls: dict[int, Probe] = {}
@@ -97,7 +97,7 @@ class Run:
             raise error
         self._notes.append("batch size 1 was left out: the model's batch normalisation needs at least two rows in training")
         self._space = dataclasses.replace(self._space, min=2)
-        self._model = MemoryModel(self._setting.cap)
+        self._model = MemoryModel(self._setting.cap, through_points(self._setting.expected))
         self._search = Search(self._space, self._model)
 
     def _probe(self, size: int, *, steps: int, confirm: bool = False) -> Probe:

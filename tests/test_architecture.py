@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "report": {"core"},
     "devices": {"core"},
     "workload": {"core", "examples"},
-    "probe": {"core", "devices", "workload", "_version"},
+    "probe": {"core", "devices", "workload", "simulate", "_version"},
     "simulate": {"core", "devices", "workload"},
     "loop": {"core"},
     "finder": {"core", "probe", "loop"},

@@ -178,7 +178,7 @@ def test_the_options_are_frozen() -> None:
     assert options == {
         "devices": ["--json", "--margin", "--memory-budget"],
         "estimate": [
-            "--all-gpus", "--base-batch-size", "--base-lr", "--dataset-size", "--epochs", "--explain", "--global-batch-size",
+            "--all-gpus", "--base-batch-size", "--base-lr", "--context", "--dataset-size", "--epochs", "--explain", "--global-batch-size",
             "--gpu", "--json", "--lr-rule", "--margin", "--max-batch-size", "--memory-budget", "--min-batch-size", "--mode",
             "--multiple-of", "--optimizer", "--precision", "--tolerance", "target",
         ],

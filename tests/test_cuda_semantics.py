@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autobatch.simulate.cuda_semantics import cuda_semantics, operator_temporaries, use_foreach
+from autobatch.simulate.autocast_lists import FUSED_RMS_NORM
+from autobatch.simulate.cuda_semantics import autocast, on_cuda, operator_temporaries, use_foreach
 from autobatch.simulate.trace import Manner, Trace, trace_step
 from autobatch.workload.workload import build_workload
 
@@ -20,8 +20,9 @@ AMPERE, TURING, KEPLER = (8, 0), (7, 5), (3, 5)
 def traced(
     model: nn.Module, sample: Any, step: Any, *, precision: str | None = None, card: tuple[int, int] = AMPERE, optimizer: Any = None
 ) -> Trace:
-    manner = Manner(around=lambda: cuda_semantics(precision, card), temporaries=operator_temporaries, prepare=use_foreach)
-    return trace_step(build_workload(model, sample, step=step, optimizer=optimizer), len(sample), manner)
+    manner = Manner(around=lambda: autocast(precision), temporaries=operator_temporaries, prepare=use_foreach)
+    with on_cuda(card):
+        return trace_step(build_workload(model, sample, step=step, optimizer=optimizer), len(sample), manner)
 
 
 class Attention(nn.Module):
@@ -126,9 +127,26 @@ def test_checkpointed_blocks_keep_less_and_run_again_as_on_cuda() -> None:
     blocks = nn.Sequential(*(nn.TransformerEncoderLayer(64, 4, dim_feedforward=256, batch_first=True) for _ in range(6)))
     work = build_workload(blocks, torch.randn(8, 32, 64), step=lambda net, x: net(x).float().sum(), precision="bf16")
     peaks = []
-    again = functools.partial(cuda_semantics, "bf16", AMPERE, keep_casts=False)
-    for change in (lambda _: None, functools.partial(checkpoint_blocks, again=again)):
-        manner = Manner(around=lambda: cuda_semantics("bf16", AMPERE), change=change)
-        peaks.append(trace_step(work, 64, manner).peak())
+    for change in (lambda _: None, checkpoint_blocks):
+        manner = Manner(around=lambda: autocast("bf16"), change=change)
+        with on_cuda(AMPERE):
+            peaks.append(trace_step(work, 64, manner).peak())
     assert len(repeated_blocks(blocks)) == 6
     assert peaks[1] < 0.5 * peaks[0]
+
+
+def test_norms_of_the_root_mean_square_keep_input_and_one_number_a_row() -> None:
+    trace = traced(nn.RMSNorm(512), torch.randn(64, 512), lambda net, x: net(x.requires_grad_()).sum())
+    kept = [s.size for s in trace.storages if s.phase == "forward" and s.tag == "activation"]
+    assert kept.count(64 * 4) == 2  # one in each iteration
+    assert kept.count(64 * 512 * 4) == (0 if FUSED_RMS_NORM else 2)
+
+
+def test_batch_norm_keeps_half_precision_as_it_is() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.SyncBatchNorm(8))
+    for precision in ("bf16", "fp16"):
+        trace = traced(model, torch.randn(16, 4, 32, 32), lambda net, x: net(x).float().sum(), precision=precision)
+        half = 16 * 8 * 32 * 32 * 2
+        made = [s.size for s in trace.storages if s.phase == "forward" and s.operator == "aten.native_batch_norm"]
+        assert sorted(made)[-4:] == [half] * 4  # two layers in each of two iterations
+        assert not [s for s in trace.storages if s.phase == "forward" and s.size == 2 * half and s.tag == "activation"]

@@ -8,7 +8,8 @@ against it, and a predicted wall counts only after a probe close to it came out 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from autobatch.core.records import Probe
@@ -179,6 +180,20 @@ class MemoryModel:
         wall = max(size + 1, _reaches(expected, self.cap / scale, LAST))
         slope = (scale * expected(wall) - measured) / (wall - size)
         return [Line(base=measured - slope * size, per_sample=slope)] if slope > 0 else []
+
+
+def through_points(points: Sequence[tuple[int, int]]) -> Callable[[int], float] | None:
+    """Return bytes by batch size along straight lines between ``points`` and on beyond the last, ``None`` for fewer than two."""
+    if len(points) < 2:
+        return None
+    sizes = [size for size, _ in points]
+
+    def at(size: int) -> float:
+        right = min(max(bisect_left(sizes, size), 1), len(points) - 1)
+        (start, low), (end, high) = points[right - 1], points[right]
+        return low + (high - low) * (size - start) / (end - start)
+
+    return at
 
 
 def _reaches(expected: Callable[[int], float], limit: float, last: int) -> int:

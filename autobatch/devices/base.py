@@ -26,11 +26,13 @@ class Device(Protocol):
         name: torch's name of it, ``"cuda:0"`` or ``"cpu"``.
         description: what it is, ``"NVIDIA H200"``.
         notes: what the reader of an answer should know about how it is measured here.
+        capability: CUDA's compute capability, ``None`` for what is no such card.
     """
 
     name: str
     description: str
     notes: tuple[str, ...]
+    capability: tuple[int, int] | None
 
     def session(self) -> AbstractContextManager[None]:
         """Hold what the readings need for as long as the probing lasts."""

@@ -71,6 +71,7 @@ class CpuDevice:
 
     name = "cpu"
     notes: tuple[str, ...] = (_SLOWER_STEPS,)
+    capability: tuple[int, int] | None = None
 
     def __init__(self) -> None:
         if sys.platform != "linux" or not os.access(_CLEAR_REFS, os.W_OK):

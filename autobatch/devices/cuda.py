@@ -35,6 +35,7 @@ class CudaDevice:
         self.name = f"cuda:{self._index}"
         self.notes: tuple[str, ...] = ()
         self.description = str(self._properties.name)
+        self.capability: tuple[int, int] | None = (self._properties.major, self._properties.minor)
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:

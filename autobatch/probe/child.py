@@ -83,9 +83,12 @@ def _open(request: Mapping[str, Any], requests: IO[bytes]) -> InlineProber:
     options = request["options"]
     from autobatch.devices import open_device
     from autobatch.probe.inline import InlineProber
+    from autobatch.simulate.foresight import foresee
 
     device = open_device(options["device"])
     workload, defaults = _workload(request, requests)
+    first = options["cap"] is None
+    expected, note = foresee(workload, device.capability) if first else ((), "")
     return InlineProber(
         workload,
         device,
@@ -95,6 +98,8 @@ def _open(request: Mapping[str, Any], requests: IO[bytes]) -> InlineProber:
         keep_state=False,
         ran_before=options["ran_before"],
         defaults=defaults,
+        expected=expected,
+        notes=(note,) if note else (),
     )
 
 

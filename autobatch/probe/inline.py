@@ -31,6 +31,8 @@ class InlineProber:
         ran_before: whether a trial of this workload fitted before, in a worker that this one replaces.
         keep_state: whether the caller needs model, optimizer and random state back afterwards.
         defaults: plan options that came with the workload.
+        expected: what a step is expected to need, as (batch size, bytes); empty for a search that begins at the smallest size.
+        notes: what the user should know of all this.
 
     Raises:
         InvalidRequest: budget or margin cannot be meant.
@@ -47,6 +49,8 @@ class InlineProber:
         keep_state: bool = True,
         ran_before: bool = False,
         defaults: Mapping[str, Any] | None = None,
+        expected: tuple[tuple[int, int], ...] = (),
+        notes: tuple[str, ...] = (),
     ) -> None:
         self._workload, self._device, self._first, self._ran = workload, device, True, ran_before
         with contextlib.ExitStack() as stack:
@@ -55,7 +59,8 @@ class InlineProber:
             stack.enter_context(device.session())
             gc.collect()  # garbage that is freed during a trial would be missing from its peak
             device.release()
-            self.setting = self._read_setting(memory_budget, margin, defaults or {})
+            setting = self._read_setting(memory_budget, margin, defaults or {})
+            self.setting = dataclasses.replace(setting, expected=expected, notes=(*setting.notes, *notes))
             self._cap = self.setting.cap if cap is None else cap
             self._stack = stack.pop_all()
 

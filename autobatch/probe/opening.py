@@ -10,6 +10,7 @@ from autobatch.core.errors import InvalidRequest
 from autobatch.devices import device_type, open_device
 from autobatch.probe.inline import InlineProber
 from autobatch.probe.worker import WorkerProber
+from autobatch.simulate.foresight import foresee
 from autobatch.workload.batches import Sample, dataset_size, take_sample
 from autobatch.workload.state import keep_random_state
 from autobatch.workload.workload import build_workload
@@ -37,13 +38,18 @@ def open_prober(
         workload = build_workload(**{**what, "sample": sample})  # for a worker too: a mistake is told before a process is started
         prober: InlineProber | WorkerProber
         if device is not None:
-            prober = InlineProber(workload, device, memory_budget=where["memory_budget"], margin=where["margin"])
+            expected, note = foresee(workload, device.capability)
+            prober = InlineProber(workload, device, **_budget(where), expected=expected, notes=(note,) if note else ())
         else:
             name = None if where["device"] is None else str(where["device"])
             payload = _packed({**what, "sample": sample})
             prober = WorkerProber(payload=payload, options={**where, "device": name}, probe_timeout=probe_timeout)
         with contextlib.closing(prober):
             yield prober
+
+
+def _budget(where: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: where[key] for key in ("memory_budget", "margin")}
 
 
 def _shortened(sample: Any, batches_are_made: bool) -> Any:

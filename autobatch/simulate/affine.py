@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autobatch.simulate.allocator import CachingAllocator, SimulatedOutOfMemory
 from autobatch.simulate.allocator_settings import AllocatorSettings
 from autobatch.simulate.blocks import Block
-from autobatch.simulate.trace import Trace
+from autobatch.simulate.recorder import BUFFER, GRADIENT, PARAMETER, STATE, Trace
 
 # The grain of the smallest capacity: what segments are rounded to.
 _GRAIN = 2 * 2**20
+_RESIDENT = (PARAMETER, BUFFER, STATE, GRADIENT)
 
 
 class NotAffine(Exception):
@@ -30,25 +32,25 @@ class AffineTrace:
     """
 
     fixed: tuple[int, ...]
-    per_sample: tuple[int, ...]
+    per_sample: tuple[float, ...]
     events: tuple[int, ...]
     of: Trace
 
     @classmethod
     def through(cls, small: Trace, large: Trace, check: Trace) -> AffineTrace:
-        """Return the lines through two traces, held against a third.
+        """Return the lines through two traces, held against a third, which may be one of fewer iterations.
 
         Raises:
             NotAffine: they differ in more than sizes, or the third lies beside the lines.
         """
-        if not small.events == large.events == check.events:
+        if small.events != large.events or small.events[: len(check.events)] != check.events:
             raise NotAffine("the step runs other operators at other batch sizes")
         rows = large.batch_size - small.batch_size
         fixed, per_sample = [], []
-        for before, after, third in zip(small.storages, large.storages, check.storages, strict=True):
+        for before, after, third in itertools.zip_longest(small.storages, large.storages, check.storages):
             slope, rest = divmod(after.size - before.size, rows)
             base = before.size - slope * small.batch_size
-            if rest or base + slope * check.batch_size != third.size:
+            if rest or (third is not None and base + slope * check.batch_size != third.size):
                 raise NotAffine(
                     f"the {after.tag} that {after.operator} makes in {after.module or 'the step'} does not grow in a straight line"
                 )
@@ -56,9 +58,28 @@ class AffineTrace:
             per_sample.append(slope)
         return cls(fixed=tuple(fixed), per_sample=tuple(per_sample), events=tuple(large.events), of=large)
 
+    @classmethod
+    def nearly(cls, small: Trace, large: Trace) -> AffineTrace:
+        """Return the lines through two traces of a step that differs a little from batch to batch.
+
+        Where not even the order of its storages is the same, every storage of the larger trace that is not resident is taken to grow
+        with the batch.
+        """
+        fixed: list[int] = []
+        per_sample: list[float] = []
+        alike = small.events == large.events
+        for index, after in enumerate(large.storages):
+            if alike:
+                slope = max(0.0, (after.size - small.storages[index].size) / (large.batch_size - small.batch_size))
+            else:
+                slope = 0.0 if after.tag in _RESIDENT else after.size / large.batch_size
+            fixed.append(max(0, round(after.size - slope * large.batch_size)))
+            per_sample.append(slope)
+        return cls(fixed=tuple(fixed), per_sample=tuple(per_sample), events=tuple(large.events), of=large)
+
     def sizes(self, batch_size: int) -> list[int]:
         """Return every storage's bytes for ``batch_size`` rows."""
-        return [base + slope * batch_size for base, slope in zip(self.fixed, self.per_sample, strict=True)]
+        return [int(base + slope * batch_size) for base, slope in zip(self.fixed, self.per_sample, strict=True)]
 
     def peak(self, batch_size: int) -> int:
         """Return the bytes asked for at the highest point."""
@@ -67,6 +88,11 @@ class AffineTrace:
             now += sizes[event] if event >= 0 else -sizes[~event]
             highest = max(highest, now)
         return highest
+
+
+def points_of(trace: AffineTrace) -> tuple[tuple[int, int], ...]:
+    """Return the peak at every power of two up to 2^20 rows as (batch size, bytes): between them it is as good as straight."""
+    return tuple((2**power, trace.peak(2**power)) for power in range(21))
 
 
 def replay(events: Sequence[int], sizes: Sequence[int], card: CachingAllocator) -> CachingAllocator:

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from autobatch.simulate.affine import AffineTrace
-from autobatch.simulate.trace import ACTIVATION
+from autobatch.simulate.recorder import ACTIVATION
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,145 +1,139 @@
 """What the same step does on CUDA: a layer over torch's functions that makes fake CPU tensors behave as they would on a card.
 
-Attention takes the kernel that PyTorch would choose there, dropout keeps a bool mask, and autocast follows CUDA's lists
-(``ATen/autocast_mode.h``) rather than the CPU's: matrix products in the low dtype, weights cast once until autocast ends; norms,
-softmax, losses and reductions in fp32. Temporaries inside operators, which no fake tensor shows, come from rules.
+Attention takes the kernel that PyTorch would choose there, dropout keeps a bool mask, recurrent layers run as cuDNN runs them, and autocast
+follows CUDA's lists (``ATen/autocast_mode.h``) rather than the CPU's: matrix products in the low dtype, weights cast once until autocast
+ends; norms, softmax, losses and reductions in fp32.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import math
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from autobatch.simulate.autocast_lists import FULL, LOW, WIDEST
+from autobatch.simulate.autocast_lists import FULL, FULL_RESULT, FUSED_RMS_NORM, LOW, WIDEST
+from autobatch.simulate.cuda_attention import attention
+from autobatch.simulate.cuda_operators import cross_entropy, dropout, rms_norm, softmax
+from autobatch.simulate.cuda_patches import card_for_step, undispatched
+from autobatch.simulate.cuda_rnn import RECURRENT, recurrent
+from autobatch.simulate.cuda_temporaries import operator_temporaries
+
+__all__ = ["CudaSemantics", "autocast", "cuda_semantics", "on_cuda", "operator_temporaries", "use_foreach"]
 
 _HALF = (torch.float16, torch.bfloat16)
-# As they are before anything replaces them.
-_ATTENTION, _DROPOUT = F.scaled_dot_product_attention, F.dropout
-_FLASH_HEAD = 256  # the largest head size of the flash kernels
+_COMPOSED = ("torch.nn.functional", "torch.functional")
 
 
 class CudaSemantics(TorchFunctionMode):
-    """Active while forward and loss run.
+    """Active while a step runs, its backward pass included; what runs in which dtype follows from PyTorch's autocast state for CUDA.
 
     Args:
-        precision: autocast dtype by name, ``None`` for none.
         capability: compute capability of the card, for example ``(8, 6)``.
-        keep_casts: whether a weight is cast once until the end, or each time, as in a part that runs again in the backward pass.
     """
 
-    def __init__(self, precision: str | None, capability: tuple[int, int], *, keep_casts: bool = True) -> None:
+    def __init__(self, capability: tuple[int, int]) -> None:
         super().__init__()
-        self._low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision or "")
-        self._capability, self._keep_casts = capability, keep_casts
         self._casts: dict[int, tuple[Tensor, Tensor]] = {}
+        self._instead: dict[Any, Callable[..., Any]] = {
+            F.scaled_dot_product_attention: functools.partial(attention, capability),
+            torch.dropout: dropout,
+            **{function: functools.partial(recurrent, function) for function in RECURRENT},
+            **({torch.rms_norm: rms_norm} if FUSED_RMS_NORM else {}),
+        }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        body = undispatched(func) if _is_composed(func) else func
+        if body is not func:
+            with self:
+                return body(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if func is _ATTENTION:
-            return self._attention(*args, **kwargs)
-        if func is _DROPOUT:
-            return self._dropout(*args, **kwargs)
-        if func is F.multi_head_attention_forward:
-            with self._inside_functional():
-                return func(*args, **kwargs)
-        if self._low is not None:
-            if name in LOW:
-                args, kwargs = tree_map(self._to_low, (args, kwargs))
-            elif name in FULL:
-                args, kwargs = tree_map(_to_full, (args, kwargs))
-            elif name in WIDEST:
-                args, kwargs = _to_widest(args, kwargs)
-        return func(*args, **kwargs)
-
-    @contextlib.contextmanager
-    def _inside_functional(self) -> Iterator[None]:
-        """Catch what a function written in Python calls itself: inside a call this mode is off."""
-        names = ("linear", "scaled_dot_product_attention", "dropout", "softmax")
-        originals = {name: getattr(F, name) for name in names}
-        try:
-            for name, original in originals.items():
-                setattr(F, name, functools.partial(self._call, original))
-            yield
-        finally:
-            for name, original in originals.items():
-                setattr(F, name, original)
-
-    def _call(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.__torch_function__(original, (), args, kwargs)
+        if torch.is_autocast_enabled("cuda"):
+            if name == "cross_entropy_loss":
+                with self:
+                    return cross_entropy(*args, **kwargs)
+            args, kwargs = self._cast(name, args, kwargs)
+        if name in ("softmax", "log_softmax"):
+            return softmax(func, *args, **kwargs)
+        return self._instead.get(func, func)(*args, **kwargs)
 
     def forget_casts(self) -> None:
         """Drop the weights' casts, as leaving autocast does."""
         self._casts.clear()
 
+    def _cast(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Return the arguments as autocast hands them to the function of that name."""
+        if name in LOW or name == "scaled_dot_product_attention":
+            return tree_map(self._to_low, (args, kwargs))  # type: ignore[no-any-return]
+        if name in FULL:
+            return tree_map(_to_full, (args, kwargs))  # type: ignore[no-any-return]
+        if name in FULL_RESULT:
+            return args, _with_full_result(name, args, kwargs)
+        return _to_widest(args, kwargs) if name in WIDEST else (args, kwargs)
+
     def _to_low(self, value: Any) -> Any:
         """Return a floating-point tensor in the low dtype; the cast of a weight is made once."""
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype in (self._low, torch.float64):
+        low = torch.get_autocast_dtype("cuda")
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype in (low, torch.float64):
             return value
-        if not (self._keep_casts and value.is_leaf and value.requires_grad and value.dtype == torch.float32):
-            return value.to(self._low)
-        if id(value) not in self._casts:
-            self._casts[id(value)] = value, value.to(self._low)
+        weight = value.is_leaf and value.requires_grad and value.dtype == torch.float32 and not value._is_view()
+        if not (weight and torch.is_autocast_cache_enabled()):
+            return value.to(low)
+        if id(value) not in self._casts or self._casts[id(value)][1].dtype != low:
+            self._casts[id(value)] = value, value.to(low)
         return self._casts[id(value)][1]
 
-    def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        if not training or p == 0:
-            return input
-        result: Tensor = torch.ops.aten.native_dropout(input, p, True)[0]
-        return input.copy_(result) if inplace else result
 
-    def _attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        """Run the kernel that PyTorch chooses: flash for half precision without a mask, else memory-efficient, else the plain formula."""
-        if self._low is not None:
-            query, key, value = (self._to_low(tensor) for tensor in (query, key, value))
-            attn_mask = self._to_low(attn_mask) if attn_mask is not None else None
-        head = query.shape[-1]
-        fused = query.dim() == 4 and head == value.shape[-1]
-        if fused and attn_mask is None and query.dtype in _HALF and self._capability >= (8, 0) and head <= _FLASH_HEAD:
-            padded = [_padded(tensor) for tensor in (query, key, value)]
-            wanted = scale if scale is not None else 1 / math.sqrt(head)
-            result = torch.ops.aten._scaled_dot_product_flash_attention(*padded, dropout_p, is_causal, False, scale=wanted)[0]
-            return result[..., :head]  # type: ignore[no-any-return]
-        if enable_gqa and key.shape[1] != query.shape[1]:
-            key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], 1) for tensor in (key, value))
-        aligned = head % (8 if query.dtype in _HALF else 4) == 0
-        if fused and aligned and self._capability >= (5, 0) and query.dtype in (*_HALF, torch.float32):
-            keep = any(tensor.requires_grad for tensor in (query, key, value))
-            bias = _bias(attn_mask, query, key)
-            return torch.ops.aten._scaled_dot_product_efficient_attention(  # type: ignore[no-any-return]
-                query, key, value, bias, keep, dropout_p, is_causal, scale=scale
-            )[0]
-        return torch.ops.aten._scaled_dot_product_attention_math(  # type: ignore[no-any-return]
-            query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale
-        )[0]
+_running: list[CudaSemantics] = []
+
+
+@contextlib.contextmanager
+def on_cuda(capability: tuple[int, int]) -> Iterator[None]:
+    """Trace what is inside, forward and backward passes and optimizer, as it would run on a card of that compute capability."""
+    if _running:
+        yield
+        return
+    semantics = CudaSemantics(capability)
+    _running.append(semantics)
+    try:
+        with card_for_step(semantics.forget_casts), semantics:
+            yield
+    finally:
+        _running.clear()
+        semantics.forget_casts()
+
+
+def autocast(precision: str | None, *, keep_casts: bool = True) -> contextlib.AbstractContextManager[Any]:
+    """Return autocast for forward and loss, to be entered inside ``on_cuda``.
+
+    Args:
+        precision: ``"bf16"``, ``"fp16"``, ``"fp32"`` for none whatever is around, ``None`` for the model's own.
+        keep_casts: whether a weight is cast once until the end, or each time.
+
+    Raises:
+        RuntimeError: it is not inside; PyTorch would leave it disabled where there is no card.
+    """
+    if not _running:
+        raise RuntimeError("autocast for CUDA is simulated inside on_cuda only")
+    if precision is None:
+        return contextlib.nullcontext()
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast("cuda", dtype=dtype, enabled=dtype is not None, cache_enabled=keep_casts)
 
 
 @contextlib.contextmanager
 def cuda_semantics(precision: str | None, capability: tuple[int, int], *, keep_casts: bool = True) -> Iterator[None]:
-    """Run what is inside as it would run on a card of that compute capability."""
-    semantics = CudaSemantics(precision, capability, keep_casts=keep_casts)
-    with semantics:
+    """Run a forward pass as it would run under autocast on a card; ``on_cuda`` has to be around the backward pass too."""
+    with on_cuda(capability), autocast(precision, keep_casts=keep_casts):
         yield
-    semantics.forget_casts()
 
 
 def use_foreach(optimizer: torch.optim.Optimizer | None) -> None:
@@ -149,22 +143,22 @@ def use_foreach(optimizer: torch.optim.Optimizer | None) -> None:
             group["foreach"] = True
 
 
-def operator_temporaries(operator: str, arguments: tuple[Any, ...]) -> int:
-    """Return the bytes that an operator takes and gives back inside itself on CUDA, as far as there is a rule for it.
-
-    Flash attention's backward accumulates the query's gradient in fp32, sequences padded to 128 rows and heads to 32 numbers, beside one
-    fp32 number for each row of each head (``flash_api.cpp``).
-    """
-    if operator == "aten._scaled_dot_product_flash_attention_backward":
-        query = arguments[1]
-        rows, heads, length, head = query.shape
-        padded = -(-length // 128) * 128
-        return int(4 * rows * heads * padded * (-(-head // 32) * 32 + 1))
-    return 0
+def _is_composed(function: Any) -> bool:
+    """Whether PyTorch wrote it in Python, of functions that modes are asked for one by one."""
+    return isinstance(function, types.FunctionType) and (function.__module__ in _COMPOSED or function is Tensor.norm)
 
 
 def _to_full(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.dtype in _HALF else value
+
+
+def _with_full_result(name: str, args: Any, kwargs: Any) -> Any:
+    """Return the keywords with fp32 as the result's dtype, where a half-precision tensor comes in and no dtype was asked for."""
+    first = args[0] if args else kwargs.get("input")
+    asked = kwargs.get("dtype") is not None or (name in ("softmax", "log_softmax") and len(args) > 2)
+    if asked or not isinstance(first, Tensor) or first.dtype not in _HALF:
+        return kwargs
+    return {**kwargs, "dtype": torch.float32}
 
 
 def _to_widest(args: Any, kwargs: Any) -> Any:
@@ -179,21 +173,3 @@ def _to_widest(args: Any, kwargs: Any) -> Any:
     if torch.float32 not in found or not any(dtype in _HALF for dtype in found):
         return args, kwargs
     return tree_map(_to_full, (args, kwargs))
-
-
-def _padded(tensor: Tensor) -> Tensor:
-    """Pad the head size to a multiple of 8, which the flash kernels want."""
-    missing = -tensor.shape[-1] % 8
-    return nn.functional.pad(tensor, (0, missing)) if missing else tensor
-
-
-def _bias(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    """Return the mask as an additive one, its rows padded to 16 numbers and expanded to every head, as PyTorch hands it to the kernel."""
-    if mask is None:
-        return None
-    if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
-    missing = -mask.shape[-1] % 16
-    if missing:
-        mask = nn.functional.pad(mask, (0, missing))[..., : mask.shape[-1]]
-    return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])

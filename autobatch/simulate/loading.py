@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from autobatch.core.errors import InvalidRequest
 from autobatch.workload.target import load_target
@@ -30,7 +30,9 @@ class OnCpu(TorchFunctionMode):
             return args[0]
         if func is Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
             return True
-        return func(*tree_map(_elsewhere, args), **tree_map(_elsewhere, kwargs or {}))
+        if kwargs or any(isinstance(value, (str, torch.device)) for value in args):
+            return func(*map(_elsewhere, args), **{name: _elsewhere(value) for name, value in (kwargs or {}).items()})
+        return func(*args)
 
 
 def _elsewhere(value: Any) -> Any:
@@ -128,4 +130,6 @@ def fake_mode_of(work: Workload) -> FakeTensorMode:
     """Return the mode that the step's fake tensors are of, a new one where it has none."""
     held = [*work.model.parameters(), *work.model.buffers(), *tree_leaves(work.make_batch(1))]
     found = next((tensor for tensor in held if isinstance(tensor, FakeTensor)), None)
-    return found.fake_mode if found is not None else FakeTensorMode(allow_non_fake_inputs=True)
+    if found is not None and found.fake_mode.allow_non_fake_inputs:
+        return found.fake_mode
+    return FakeTensorMode(allow_non_fake_inputs=True)

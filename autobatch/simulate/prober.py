@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 from autobatch.core.records import MemoryReading, Outcome, Peak, Probe, Setting
 from autobatch.core.units import format_bytes
@@ -12,7 +13,7 @@ from autobatch.simulate.allocator import CachingAllocator, SimulatedOutOfMemory
 from autobatch.simulate.allocator_settings import AllocatorSettings
 from autobatch.simulate.blocks import Block
 from autobatch.simulate.cards import Card
-from autobatch.simulate.trace import OPTIMIZER
+from autobatch.simulate.recorder import OPTIMIZER
 from autobatch.workload.workload import Workload
 
 
@@ -27,6 +28,9 @@ class SimulatedProber:
         memory_budget: bytes, text or fraction of the card; ``None`` for all that the context leaves.
         margin: fraction of the budget kept free.
         notes: what the trace could not see.
+        context: bytes that the process takes beside its tensors; ``None`` for the card's bare context.
+        expected: the trace's peaks as (batch size, bytes), for the search to begin near the answer.
+        replayed: what was replayed of this trace before, shared by the probers of several cards.
 
     Raises:
         InvalidRequest: budget or margin cannot be meant.
@@ -42,9 +46,14 @@ class SimulatedProber:
         memory_budget: int | float | str | None = None,
         margin: float = 0.05,
         notes: tuple[str, ...] = (),
+        context: int | None = None,
+        expected: tuple[tuple[int, int], ...] = (),
+        replayed: dict[Any, Any] | None = None,
     ) -> None:
         self._trace, self._card, self._settings = trace, card, settings or AllocatorSettings()
-        reading = MemoryReading(capacity=card.total, free=max(0, card.total - card.context), source="cards.json")
+        self._replayed = {} if replayed is None else replayed
+        outside = card.context if context is None else context
+        reading = MemoryReading(capacity=card.total, free=max(0, card.total - outside), source="cards.json")
         budget, cap, narrowed = set_budget(reading, memory_budget, margin)
         resident = sum(trace.of.storages[event].size for event in trace.events[: trace.of.marks[0][0]] if event >= 0)
         self.setting = Setting(
@@ -66,18 +75,24 @@ class SimulatedProber:
                 "card": card.description,
                 "compute capability": "{}.{}".format(*card.capability),
                 "total": format_bytes(card.total),
+                "context": format_bytes(outside),
             },
             notes=(*narrowed, *workload.notes, *notes),
             evidence="simulated",
+            expected=expected,
         )
 
     def probe(self, batch_size: int, *, steps: int = 3, confirm: bool = False) -> Probe:
         """Return what a step of ``batch_size`` rows would need; the second iteration of the trace stands for every later one."""
-        try:
-            forward_backward, optimizer, retries = self._replay(batch_size, self.setting.cap)
-        except SimulatedOutOfMemory as error:
-            message = f"simulated: {format_bytes(error.requested)} more did not fit"
-            return Probe(batch_size=batch_size, outcome=Outcome.OOM, confirmation=confirm, message=message)
+        key = batch_size, self.setting.cap, self._card.workspace, self._settings
+        if key not in self._replayed:
+            try:
+                self._replayed[key] = self._replay(batch_size, self.setting.cap)
+            except SimulatedOutOfMemory as error:
+                self._replayed[key] = f"simulated: {format_bytes(error.requested)} more did not fit"
+        if isinstance(self._replayed[key], str):
+            return Probe(batch_size=batch_size, outcome=Outcome.OOM, confirmation=confirm, message=self._replayed[key])
+        forward_backward, optimizer, retries = self._replayed[key]
         return Probe(
             batch_size=batch_size,
             outcome=Outcome.FIT,

@@ -8,159 +8,53 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import gc
-import weakref
+import io
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from autobatch.simulate.loading import fake_mode_of, without_cuda
+from autobatch.simulate.recorder import ACTIVATION, BACKWARD, BUFFER, FORWARD, GRADIENT, INPUT, OPTIMIZER, PARAMETER, STATE, TEMPORARY
+from autobatch.simulate.recorder import Recorder as Recorder
+from autobatch.simulate.recorder import Trace as Trace
 from autobatch.workload.batches import map_tensors
 from autobatch.workload.workload import Workload
 
-# What a storage is there for, as far as it shows.
-PARAMETER, BUFFER, STATE = "parameter", "buffer", "optimizer state"
-GRADIENT, INPUT, ACTIVATION, TEMPORARY = "gradient", "input", "activation", "temporary"
-FORWARD, BACKWARD, OPTIMIZER = "forward", "backward", "optimizer"
 
-
-@dataclass(slots=True)
-class Storage:
-    """One stretch of memory that a step uses.
-
-    Attributes:
-        size: bytes asked for.
-        phase: in which it was made: forward, backward or optimizer; empty before the first iteration.
-        operator: the operator that made it.
-        module: dotted name of the module that was running.
-        tag: what it is there for.
-        died: phase in which it ended, ``None`` while it is held.
-    """
-
-    size: int
-    phase: str
-    operator: str
-    module: str
-    tag: str = ACTIVATION
-    died: str | None = None
-
-
-@dataclass(slots=True)
-class Trace:
-    """The storages of two iterations, and in which order they came and went.
-
-    Attributes:
-        batch_size: rows in each iteration's batch.
-        storages: every storage, in the order of birth.
-        events: ``index`` for the birth and ``~index`` for the death of a storage.
-        marks: where each phase begins: the number of events before it, and its name.
-    """
-
-    batch_size: int
-    storages: list[Storage] = field(default_factory=list)
-    events: list[int] = field(default_factory=list)
-    marks: list[tuple[int, str]] = field(default_factory=list)
-
-    def peak(self) -> int:
-        """Return the bytes asked for at the highest point."""
-        now = highest = 0
-        for event in self.events:
-            now += self.storages[event].size if event >= 0 else -self.storages[~event].size
-            highest = max(highest, now)
-        return highest
-
-
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Writes down every storage that an operator returns, and its end."""
-
-    def __init__(self, trace: Trace, temporaries: Callable[[str, tuple[Any, ...]], int]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.trace, self._temporaries = trace, temporaries
-        self.phase, self.modules, self.paused = "", [""], False
-        self.ended = False
-        self._live: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        operator = str(func.overloadpacket)
-        inside = 0 if self.paused else self._begin_temporary(operator, args)
-        result = func(*args, **(kwargs or {}))
-        if not self.paused:
-            for leaf in tree_leaves(result):
-                if isinstance(leaf, Tensor):
-                    self.see(leaf, operator)
-        if inside:
-            self.trace.events.append(~inside)
-        return result
-
-    def _begin_temporary(self, operator: str, args: Any) -> int:
-        """Write down the birth of what ``operator`` takes inside itself, and return its index, 0 for nothing."""
-        size = self._temporaries(operator, args)
-        if not size:
-            return 0
-        index = len(self.trace.storages)
-        self.trace.storages.append(Storage(size, self.phase, operator, self.modules[-1], TEMPORARY, self.phase))
-        self.trace.events.append(index)
-        return index
-
-    def see(self, tensor: Tensor, operator: str, tag: str | None = None) -> None:
-        """Take in the storage of ``tensor`` when it is new; give it ``tag``."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        index = self._live.get(key)
-        if index is None:
-            index = len(self.trace.storages)
-            self._live[key] = index
-            self.trace.storages.append(Storage(storage.nbytes(), self.phase, operator, self.modules[-1]))
-            self.trace.events.append(index)
-            weakref.finalize(storage, self._end, key, index).atexit = False
-        if tag is not None:
-            self.trace.storages[index].tag = tag
-
-    def mark(self, phase: str) -> None:
-        """Begin a phase."""
-        self.phase = phase
-        self.trace.marks.append((len(self.trace.events), phase))
-
-    def _end(self, key: int, index: int) -> None:
-        if self.ended:
-            return
-        if self._live.get(key) == index:
-            del self._live[key]
-        self.trace.storages[index].died = self.phase
-        self.trace.events.append(~index)
-
-
-def fake_copy(workload: Workload, mode: FakeTensorMode) -> Workload:
-    """Return ``workload`` with fake tensors in place of its model's and optimizer's; nothing of the original is touched or copied."""
+def copied(workload: Workload, change: Callable[[Tensor], Tensor], around: contextlib.AbstractContextManager[Any]) -> Workload:
+    """Return ``workload`` with its model's and optimizer's tensors changed, made inside ``around``; nothing of the original is touched."""
     memo: dict[int, Any] = {}
     tensors: list[Tensor] = [*workload.model.parameters(), *workload.model.buffers()]
     if workload.optimizer is not None:
         tensors += [value for state in workload.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    for tensor in tensors:
-        memo[id(tensor)] = _fake(tensor, mode)
-    with mode:
+    with around:
+        for tensor in tensors:
+            new = change(tensor)
+            memo[id(tensor)] = nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
         model = copy.deepcopy(workload.model, memo)
         optimizer = copy.deepcopy(workload.optimizer, memo) if workload.optimizer is not None else None
-    return Workload(
-        model=model,
-        make_batch=workload.make_batch,
-        loss=workload.loss,
-        optimizer=optimizer,
-        mode=workload.mode,
-        precision=workload.precision,
-    )
+    return dataclasses.replace(workload, model=model, optimizer=optimizer)
 
 
-def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
-    with mode:
-        empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-    return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+def _shape(tensor: Tensor) -> Tensor:
+    """Return an empty tensor of the same shape on the CPU, without memory inside a fake mode."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+
+
+def _with_values(tensor: Tensor) -> Tensor:
+    """Return a real tensor on the CPU: a copy, or small random numbers where there are no values to copy."""
+    if not isinstance(tensor, FakeTensor) and tensor.device.type != "meta":
+        return tensor.detach().cpu().clone()
+    empty = _shape(tensor)
+    return empty.normal_(0, 0.02) if tensor.is_floating_point() else empty.zero_()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,36 +74,37 @@ class Manner:
     change: Callable[[nn.Module], None] = lambda _model: None
 
 
-def trace_step(workload: Workload, batch_size: int, manner: Manner | None = None) -> Trace:
-    """Return two iterations of ``workload``'s step on ``batch_size`` rows.
+def trace_step(
+    workload: Workload, batch_size: int, manner: Manner | None = None, *, real: bool = False, silent: bool = False, iterations: int = 2
+) -> Trace:
+    """Return iterations of ``workload``'s step on ``batch_size`` rows.
 
     Args:
         workload: any; its tensors are not touched.
         batch_size: rows in a batch.
         manner: how the step runs on the device it is traced for.
+        real: with real tensors on the CPU, for a step that depends on values.
+        iterations: how many; from the second on, optimizer state is resident from the start.
+        silent: whether what the step prints is swallowed; otherwise it is shown once.
 
     Raises:
         Exception: what the step raises; on values it depends on, torch's ``DataDependentOutputException`` and its like.
     """
-    mode, trace = fake_mode_of(workload), Trace(batch_size)
-    work, manner = fake_copy(workload, mode), manner or Manner()
+    trace, manner = Trace(batch_size), manner or Manner()
+    mode: FakeTensorMode | contextlib.nullcontext[None] = contextlib.nullcontext() if real else fake_mode_of(workload)
+    work = copied(workload, _with_values if real else _shape, mode)
     manner.prepare(work.optimizer)
     manner.change(work.model)
-    recorder = _Recorder(trace, manner.temporaries)
+    recorder = Recorder(trace, manner.temporaries, real=real)
+    batches = _batches([work.make_batch(batch_size) for _ in range(iterations)], recorder, _with_values if real else _shape)
     with _collected_by_hand(), without_cuda(), mode, recorder, _module_names(work.model, recorder):
         _see_resident(work, recorder)
-        train = work.mode == "train"
-        work.model.train(train)
-        with torch.set_grad_enabled(train):
-            for _ in range(2):
+        work.model.train(work.mode == "train")
+        with torch.set_grad_enabled(work.mode == "train"):
+            for iteration, batch in enumerate(batches):
                 recorder.mark(FORWARD)
-                recorder.paused = True  # how the batch is made is the host's affair
-                batch = _fake_batch(work, batch_size, mode)
-                recorder.paused = False
-                for leaf in tree_leaves(batch):
-                    if isinstance(leaf, Tensor):
-                        recorder.see(leaf, "batch", INPUT)
-                with manner.around():
+                _see_batch(batch, recorder)
+                with _swallowed(silent or iteration > 0), manner.around():
                     loss, _output = work.loss(work.model, batch)
                 recorder.mark(BACKWARD)
                 if loss is not None:
@@ -220,30 +115,52 @@ def trace_step(workload: Workload, batch_size: int, manner: Manner | None = None
                     work.optimizer.step()
                     _tag_states(work, recorder)
                 work.model.zero_grad(set_to_none=True)
-                gc.collect()
+                gc.collect(1)
         recorder.ended = True  # what ends from here on ends with the copy
     _tag_temporaries(trace)
     return trace
+
+
+def _batches(made: list[Any], recorder: Recorder, change: Callable[[Tensor], Tensor]) -> Iterator[Any]:
+    """Yield the batches as inputs on the device; how they are made is the host's affair."""
+    for batch in made:
+        recorder.paused = True
+        moved = map_tensors(batch, change)
+        recorder.paused = False
+        yield moved
+
+
+def _see_batch(batch: Any, recorder: Recorder) -> None:
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, Tensor):
+            recorder.see(leaf, "batch", INPUT)
+
+
+@contextlib.contextmanager
+def _swallowed(really: bool) -> Iterator[None]:
+    """Swallow what is printed."""
+    with (
+        contextlib.redirect_stdout(io.StringIO() if really else sys.stdout),
+        contextlib.redirect_stderr(io.StringIO() if really else sys.stderr),
+    ):
+        yield
 
 
 @contextlib.contextmanager
 def _collected_by_hand() -> Iterator[None]:
     """Keep Python from collecting cycles at moments of its own, so that a trace is the same every time."""
     was_on = gc.isenabled()
-    gc.collect()
     gc.disable()
+    gc.freeze()  # what is here already need not be looked at each time
     try:
         yield
     finally:
+        gc.unfreeze()
         if was_on:
             gc.enable()
 
 
-def _fake_batch(work: Workload, batch_size: int, mode: FakeTensorMode) -> Any:
-    return map_tensors(work.make_batch(batch_size), lambda leaf: leaf if isinstance(leaf, FakeTensor) else mode.from_tensor(leaf))
-
-
-def _see_resident(work: Workload, recorder: _Recorder) -> None:
+def _see_resident(work: Workload, recorder: Recorder) -> None:
     for parameter in work.model.parameters():
         recorder.see(parameter, "resident", PARAMETER)
     for buffer in work.model.buffers():
@@ -251,7 +168,7 @@ def _see_resident(work: Workload, recorder: _Recorder) -> None:
     _tag_states(work, recorder)
 
 
-def _tag_states(work: Workload, recorder: _Recorder) -> None:
+def _tag_states(work: Workload, recorder: Recorder) -> None:
     if work.optimizer is None:
         return
     for state in work.optimizer.state.values():
@@ -260,7 +177,7 @@ def _tag_states(work: Workload, recorder: _Recorder) -> None:
                 recorder.see(value, "optimizer", STATE)
 
 
-def _tag_gradients(work: Workload, recorder: _Recorder) -> None:
+def _tag_gradients(work: Workload, recorder: Recorder) -> None:
     for parameter in work.model.parameters():
         if parameter.grad is not None:
             recorder.see(parameter.grad, "gradient", GRADIENT)
@@ -274,7 +191,7 @@ def _tag_temporaries(trace: Trace) -> None:
 
 
 @contextlib.contextmanager
-def _module_names(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
+def _module_names(model: nn.Module, recorder: Recorder) -> Iterator[None]:
     """Tell the recorder which module is running."""
     handles = []
     for name, module in model.named_modules():
