@@ -65,7 +65,8 @@ class CudaDevice:
         total = self._properties.total_memory
         read = getattr(self._cuda, "get_per_process_memory_fraction", lambda _: 1.0)  # torch 2.5 cannot tell; 1.0 is its default
         before = float(read(self._index))
-        self._cuda.set_per_process_memory_fraction(min(float(limit / total), before, 1.0), self._index)
+        # torch multiplies by the total again and cuts off: half a byte more, or a limit of whole segments could lose its last one.
+        self._cuda.set_per_process_memory_fraction(min((limit + 0.5) / total, before, 1.0), self._index)
         try:
             yield
         finally:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from autobatch.simulate.allocator import CachingAllocator, SimulatedOutOfMemory
 from autobatch.simulate.allocator_settings import AllocatorSettings
 from autobatch.simulate.blocks import Block
-from autobatch.simulate.recorder import BUFFER, GRADIENT, PARAMETER, STATE, Trace
+from autobatch.simulate.recorder import BUFFER, GRADIENT, PARAMETER, STATE, TEMPORARY, Trace
 
 # The grain of the smallest capacity: what segments are rounded to.
 _GRAIN = 2 * 2**20
+# What rules for temporaries may be off a straight line by rounding: less than the least block.
+_ROUNDING = 512
 _RESIDENT = (PARAMETER, BUFFER, STATE, GRADIENT)
 
 
@@ -50,7 +52,8 @@ class AffineTrace:
         for before, after, third in itertools.zip_longest(small.storages, large.storages, check.storages):
             slope, rest = divmod(after.size - before.size, rows)
             base = before.size - slope * small.batch_size
-            if rest or (third is not None and base + slope * check.batch_size != third.size):
+            slack = _ROUNDING if after.tag == TEMPORARY else 0
+            if rest > slack or (third is not None and abs(base + slope * check.batch_size - third.size) > slack):
                 raise NotAffine(
                     f"the {after.tag} that {after.operator} makes in {after.module or 'the step'} does not grow in a straight line"
                 )

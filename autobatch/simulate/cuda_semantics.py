@@ -26,7 +26,7 @@ from autobatch.simulate.cuda_patches import card_for_step, undispatched
 from autobatch.simulate.cuda_rnn import RECURRENT, recurrent
 from autobatch.simulate.cuda_temporaries import operator_temporaries
 
-__all__ = ["CudaSemantics", "autocast", "cuda_semantics", "on_cuda", "operator_temporaries", "use_foreach"]
+__all__ = ["CudaSemantics", "autocast", "on_cuda", "operator_temporaries", "use_foreach"]
 
 _HALF = (torch.float16, torch.bfloat16)
 _COMPOSED = ("torch.nn.functional", "torch.functional")
@@ -111,12 +111,11 @@ def on_cuda(capability: tuple[int, int]) -> Iterator[None]:
         semantics.forget_casts()
 
 
-def autocast(precision: str | None, *, keep_casts: bool = True) -> contextlib.AbstractContextManager[Any]:
+def autocast(precision: str | None) -> contextlib.AbstractContextManager[Any]:
     """Return autocast for forward and loss, to be entered inside ``on_cuda``.
 
     Args:
         precision: ``"bf16"``, ``"fp16"``, ``"fp32"`` for none whatever is around, ``None`` for the model's own.
-        keep_casts: whether a weight is cast once until the end, or each time.
 
     Raises:
         RuntimeError: it is not inside; PyTorch would leave it disabled where there is no card.
@@ -126,14 +125,7 @@ def autocast(precision: str | None, *, keep_casts: bool = True) -> contextlib.Ab
     if precision is None:
         return contextlib.nullcontext()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    return torch.autocast("cuda", dtype=dtype, enabled=dtype is not None, cache_enabled=keep_casts)
-
-
-@contextlib.contextmanager
-def cuda_semantics(precision: str | None, capability: tuple[int, int], *, keep_casts: bool = True) -> Iterator[None]:
-    """Run a forward pass as it would run under autocast on a card; ``on_cuda`` has to be around the backward pass too."""
-    with on_cuda(capability), autocast(precision, keep_casts=keep_casts):
-        yield
+    return torch.autocast("cuda", dtype=dtype, enabled=dtype is not None)
 
 
 def use_foreach(optimizer: torch.optim.Optimizer | None) -> None:

@@ -48,18 +48,15 @@ def _efficient_backward(arguments: tuple[Any, ...]) -> int:
 
 
 def _embedding_backward(arguments: tuple[Any, ...]) -> int:
-    """Sort the indices with their places, then sum rows in parts of ten in fp32; without sorting up to 3072 indices.
+    """Sort the indices with their places, then sum rows in parts of ten in fp32; counted as for a batch that uses every row of the table.
 
     Source: ``Embedding.cu`` and ``EmbeddingBackwardKernel.cu``: keys and values, both sorted and unsorted, cub's second pair of buffers,
     and sums for every index that occurs and every ten places.
     """
     gradient, indices, rows = arguments[0], arguments[1], int(arguments[2])
     count, width = indices.numel(), gradient.shape[-1]
-    if count <= 3072:
-        return 0
-    segments = min(count, rows)
-    parts = count // 10 + segments
-    return int(_sort(count) + _INDEX * (3 * segments + parts) + 4 * parts * _up(width, 32))
+    parts = count / 10 + rows
+    return int(_sort(count) + _INDEX * (3 * rows + parts) + 4 * parts * _up(width, 32))
 
 
 def _index_put(arguments: tuple[Any, ...]) -> int:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from autobatch.core.errors import InvalidRequest
+from autobatch.simulate.cuda_patches import card_for_autocast
 from autobatch.workload.target import load_target
 from autobatch.workload.workload import Workload
 
@@ -62,7 +63,7 @@ class _WithoutMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def without_cuda() -> Iterator[None]:
     """Run what is inside as if the CPU were the card it asks for by name."""
     nothing = mock.patch.multiple(torch.cuda, synchronize=_nothing, empty_cache=_nothing, reset_peak_memory_stats=_nothing)
-    with OnCpu(), nothing:
+    with card_for_autocast(), OnCpu(), nothing:
         yield
 
 

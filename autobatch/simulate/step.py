@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import traceback
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +15,7 @@ from autobatch.core.errors import AutobatchError, WorkloadFailed
 from autobatch.core.units import MIB, format_bytes
 from autobatch.simulate.affine import AffineTrace, NotAffine, points_of
 from autobatch.simulate.apart import Died, run_apart, run_each_apart, told
-from autobatch.simulate.cuda_semantics import cuda_semantics, operator_temporaries, use_foreach
+from autobatch.simulate.cuda_semantics import autocast, on_cuda, operator_temporaries, use_foreach
 from autobatch.simulate.trace import Manner, Trace, trace_step
 from autobatch.workload.state import keep_random_state
 from autobatch.workload.workload import Workload
@@ -100,13 +98,12 @@ def _simulated(work: Workload, capability: tuple[int, int], checkpointed: bool) 
     )
 
 
-def _manner(work: Workload, capability: tuple[int, int], checkpointed: bool) -> Manner:
-    again = functools.partial(cuda_semantics, work.precision, capability, keep_casts=False)
+def _manner(work: Workload, checkpointed: bool) -> Manner:
     return Manner(
-        around=lambda: cuda_semantics(work.precision, capability),
+        around=lambda: autocast(work.precision),
         temporaries=operator_temporaries,
         prepare=use_foreach,
-        change=functools.partial(checkpoint_blocks, again=again) if checkpointed else lambda _: None,
+        change=checkpoint_blocks if checkpointed else lambda _: None,
     )
 
 
@@ -131,14 +128,16 @@ def trace_size(work: Workload, capability: tuple[int, int], checkpointed: bool, 
     """Return the trace of ``size`` rows; meant for a process that ends with it."""
     logging.getLogger("torch._subclasses.fake_tensor").disabled = True  # this process ends with the trace, which says it itself
     iterations = 1 if size == SIZES[2] else 2
-    return trace_step(work, size, _manner(work, capability, checkpointed), silent=size != SIZES[0], iterations=iterations)
+    with on_cuda(capability):
+        return trace_step(work, size, _manner(work, checkpointed), silent=size != SIZES[0], iterations=iterations)
 
 
 def _really(work: Workload, capability: tuple[int, int], checkpointed: bool, why: str) -> tuple[AffineTrace, str]:
     """Return the step traced on real CPU tensors, and that it was."""
-    manner = _manner(work, capability, checkpointed)
+    manner = _manner(work, checkpointed)
     try:
-        small, large = (trace_step(work, size, manner, real=True, silent=True) for size in _REAL)
+        with on_cuda(capability):
+            small, large = (trace_step(work, size, manner, real=True, silent=True) for size in _REAL)
     except AutobatchError:
         raise
     except Exception as error:  # noqa: BLE001 told as it is
@@ -174,9 +173,9 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     return max(runs, key=len, default=[])
 
 
-def checkpoint_blocks(model: nn.Module, *, again: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
-    """Have the repeated blocks of ``model`` computed again in the backward pass, inside the context ``again``, instead of kept."""
+def checkpoint_blocks(model: nn.Module) -> None:
+    """Have the repeated blocks of ``model`` computed again in the backward pass instead of kept."""
     from torch.utils.checkpoint import checkpoint
 
     for block in repeated_blocks(model):
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

@@ -35,9 +35,11 @@ def copied(workload: Workload, change: Callable[[Tensor], Tensor], around: conte
     tensors: list[Tensor] = [*workload.model.parameters(), *workload.model.buffers()]
     if workload.optimizer is not None:
         tensors += [value for state in workload.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    # Optimizers read how many steps they have taken: a fake tensor made of a number still knows it.
+    numbers = {id(tensor): tensor.item() for tensor in tensors if tensor.dim() == 0 and not _hollow(tensor)}
     with around:
         for tensor in tensors:
-            new = change(tensor)
+            new = torch.tensor(numbers[id(tensor)], dtype=tensor.dtype) if id(tensor) in numbers else change(tensor)
             memo[id(tensor)] = nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
         model = copy.deepcopy(workload.model, memo)
         optimizer = copy.deepcopy(workload.optimizer, memo) if workload.optimizer is not None else None
@@ -49,9 +51,13 @@ def _shape(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
 
 
+def _hollow(tensor: Tensor) -> bool:
+    return isinstance(tensor, FakeTensor) or tensor.device.type == "meta"
+
+
 def _with_values(tensor: Tensor) -> Tensor:
     """Return a real tensor on the CPU: a copy, or small random numbers where there are no values to copy."""
-    if not isinstance(tensor, FakeTensor) and tensor.device.type != "meta":
+    if not _hollow(tensor):
         return tensor.detach().cpu().clone()
     empty = _shape(tensor)
     return empty.normal_(0, 0.02) if tensor.is_floating_point() else empty.zero_()

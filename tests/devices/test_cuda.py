@@ -152,7 +152,8 @@ def test_a_torch_that_cannot_tell_its_fraction_gets_the_default_back() -> None:
     card.get_per_process_memory_fraction = None  # type: ignore[assignment,method-assign]
     hidden = SimpleNamespace(**{name: getattr(card, name) for name in dir(card) if not name.startswith(("_", "get_per"))})
     with CudaDevice(0, cuda=hidden, nvml=Nvml(Driver([]))).cap(6 * GIB, 0):
-        assert card.fraction == 0.25
+        assert card.fraction == pytest.approx(0.25)
+        assert int(card.fraction * card.total) == 6 * GIB  # as torch cuts it off
     assert card.fraction == 1.0
 
 
