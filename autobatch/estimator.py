@@ -10,15 +10,15 @@ from typing import Any
 from autobatch.core.errors import NoBatchSizeFits, WorkloadFailed
 from autobatch.core.options import PlanRequest, SearchOptions
 from autobatch.core.plan import BatchPlan
-from autobatch.core.units import parse_bytes
+from autobatch.core.units import format_bytes, parse_bytes
 from autobatch.loop import Run
-from autobatch.simulate.cards import Card, find_card
+from autobatch.simulate.cards import Card, find_card, known_cards
 
 _STEP = ("loss_fn", "optimizer", "step", "make_batch", "mode", "precision")
 
 
 def estimate(model: Any, sample: Any = None, *, gpu: str | int | Sequence[str | int], **options: Any) -> Any:
-    """Return the plan that ``find`` would come to on a card that is not here, by simulation; a list of them for several cards.
+    """Return the plan that ``find`` would come to on a card that is not here, by simulation; a list for several cards.
 
     The step runs on fake tensors, without memory and without arithmetic, as it would run on CUDA; its storages are replayed in a model of
     the caching allocator under the card's memory. The plan is marked ``evidence="simulated"`` and carries an interval, ``low`` to ``high``.
@@ -32,21 +32,30 @@ def estimate(model: Any, sample: Any = None, *, gpu: str | int | Sequence[str | 
 
     Raises:
         InvalidRequest: there is no such card, or an argument cannot be meant.
-        NoBatchSizeFits: the smallest permitted size does not fit the card.
+        NoBatchSizeFits: the smallest permitted size fits none of the cards; where it fits some, it stands in the list for the others.
         WorkloadFailed: the step raised.
     """
     from autobatch.workload.workload import build_workload
 
     work = build_workload(model, sample, **{key: options.pop(key) for key in _STEP if key in options})
-    several = not isinstance(gpu, (str, int))
-    names: Sequence[str | int] = gpu if several else [gpu]  # type: ignore[assignment, list-item]
-    plans = estimate_workload(work, [find_card(str(name) if isinstance(name, str) else f"{name}b") for name in names], {}, options)
-    return plans if several else plans[0]
+    names: Sequence[str | int] = [gpu] if isinstance(gpu, (str, int)) else gpu
+    plans = estimate_workload(work, [find_card(name if isinstance(name, str) else f"{name}b") for name in names], {}, options)
+    if all(isinstance(plan, NoBatchSizeFits) for plan in plans):
+        raise plans[0]  # type: ignore[misc]
+    return plans[0] if isinstance(gpu, (str, int)) else plans
 
 
-def estimate_workload(work: Any, cards: Sequence[Card], defaults: Mapping[str, Any], options: Mapping[str, Any]) -> list[BatchPlan]:
-    """Return a plan for each card; cards of one compute capability share a trace."""
-    return [_plan(work, card, defaults, options) for card in cards]
+def estimate_workload(
+    work: Any, cards: Sequence[Card], defaults: Mapping[str, Any], options: Mapping[str, Any]
+) -> list[BatchPlan | NoBatchSizeFits]:
+    """Return for each card a plan, or why none fits; the cards share traces and what was replayed of them."""
+    answers: list[BatchPlan | NoBatchSizeFits] = []
+    for card in cards:
+        try:
+            answers.append(_plan(work, card, defaults, options))
+        except NoBatchSizeFits as error:
+            answers.append(error)
+    return answers
 
 
 def _plan(
@@ -76,7 +85,24 @@ def _plan(
     context = card.context + step.kernels if given is None else parse_bytes(str(given))
     prober = SimulatedProber(work, step.trace, card, settings=settings, notes=step.notes, context=context, **where, **step.shared)
     prober.setting = dataclasses.replace(prober.setting, defaults=dict(defaults))
-    return _with_interval(Run(prober, request, search).plan(), prober, step.uncertainty)
+    try:
+        return _with_interval(Run(prober, request, search).plan(), prober, step.uncertainty)
+    except NoBatchSizeFits as error:
+        raise _too_small(error, prober, card) from None
+
+
+def _too_small(error: NoBatchSizeFits, prober: Any, card: Card) -> NoBatchSizeFits:
+    """Return the error with what the smallest size needs, and the smallest card of the table that has it."""
+    needed = int(prober.needed(error.batch_size) / (1 - prober.setting.margin)) + card.total - prober.setting.reading.free
+    would_do = min((other for other in known_cards() if other.total >= needed), key=lambda other: other.total, default=None)
+    advice = f"{would_do.description} would do: --gpu {would_do.name}." if would_do else "No card of the table has that much."
+    missing = f"Batch size {error.batch_size} needs {format_bytes(needed)} with context and margin; {card.description} has"
+    return NoBatchSizeFits(
+        f"{error} {missing} {format_bytes(card.total)}. {advice}",
+        batch_size=error.batch_size,
+        needed=needed,
+        available=error.available,
+    )
 
 
 def _with_interval(plan: BatchPlan, prober: Any, uncertainty: float) -> BatchPlan:
@@ -94,44 +120,36 @@ def _with_interval(plan: BatchPlan, prober: Any, uncertainty: float) -> BatchPla
 def explain(work: Any, card: Card, plan: BatchPlan, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return where the bytes are at the plan's peak, and the batch size that each change would give, every one simulated again."""
     from autobatch.simulate.breakdown import breakdown
-    from autobatch.simulate.step import repeated_blocks, trace_for
+    from autobatch.simulate.step import trace_for
+    from autobatch.simulate.what_if import changes
 
-    found = breakdown(trace_for(work, card.capability).trace, plan.batch_size)
-    changes: dict[str, tuple[Any, dict[str, Any]]] = {}
-    if work.precision not in ("bf16", "fp16"):
-        changes["bf16 autocast"] = dataclasses.replace(work, precision="bf16"), {}
-    if repeated_blocks(work.model):
-        changes["activation checkpointing of its blocks"] = work, {"checkpointed": True}
-    if work.optimizer is not None and type(work.optimizer).__name__ != "SGD":
-        parameters = [p for p in work.model.parameters() if p.requires_grad]
-        changes["SGD without momentum"] = dataclasses.replace(work, optimizer=_sgd(parameters)), {}
-    changes["expandable segments"] = work, {"expandable": True}
+    step = trace_for(work, card.capability)
+    found = breakdown(step.trace, plan.batch_size)
+    given = options.get("context")
+    context = card.context + step.kernels if given is None else parse_bytes(str(given))
     outcomes: dict[str, int | str] = {}
-    for name, (changed, how) in changes.items():
+    unlimited = dataclasses.replace(work, dataset_size=None)
+    for change in changes(unlimited):
+        how = {"checkpointed": change.checkpointed, "expandable": change.expandable}
         try:
-            outcomes[name] = _plan(dataclasses.replace(changed, dataset_size=None), card, {}, options, **how).batch_size
+            outcomes[change.name] = _plan(change.work, card, {}, options, **how).batch_size
         except (NoBatchSizeFits, WorkloadFailed) as error:
-            outcomes[name] = str(error)
+            outcomes[change.name] = str(error)
     return {
         "phase": found.phase,
         "by_tag": found.by_tag,
         "by_module": found.by_module,
         "workspace": card.workspace,
-        "context": card.context,
+        "context": context,
+        "by_memory": plan.batch_size if plan.limited_by == "memory" else _plan(unlimited, card, {}, options).batch_size,
         "what_if": outcomes,
     }
 
 
-def _sgd(parameters: list[Any]) -> Any:
-    import torch
-
-    return torch.optim.SGD(parameters, lr=1e-3)
-
-
 def estimate_target(
     target: str, gpus: Sequence[str], overrides: Mapping[str, Any], options: Mapping[str, Any], *, explained: bool = False
-) -> list[tuple[BatchPlan, dict[str, Any] | None]]:
-    """Return a plan for each card and the training step that ``target`` names, explained where that is wanted.
+) -> list[tuple[BatchPlan | NoBatchSizeFits, dict[str, Any] | None]]:
+    """Return for each card a plan, or why none fits, of the training step that ``target`` names, explained where that is wanted.
 
     Its tensors are never made where that can be avoided.
     """
@@ -139,5 +157,8 @@ def estimate_target(
 
     cards = [find_card(name) for name in gpus]
     work, defaults = load_without_memory(target, overrides)
-    plans = estimate_workload(work, cards, defaults, options)
-    return [(plan, explain(work, card, plan, options) if explained else None) for plan, card in zip(plans, cards, strict=True)]
+    answers = estimate_workload(work, cards, defaults, options)
+    return [
+        (answer, explain(work, card, answer, options) if explained and isinstance(answer, BatchPlan) else None)
+        for answer, card in zip(answers, cards, strict=True)
+    ]

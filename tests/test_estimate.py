@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from typing import Any
@@ -74,23 +75,105 @@ def test_nothing_of_the_model_is_touched() -> None:
     assert optimizer.state == {}
 
 
-def test_a_card_that_is_too_small_says_what_is_missing() -> None:
-    with pytest.raises(NoBatchSizeFits, match="Not even batch size 1 fits"):
+def test_a_card_that_is_too_small_says_what_is_missing_and_which_would_do() -> None:
+    with pytest.raises(NoBatchSizeFits, match="Not even batch size 1 fits") as caught:
         autobatch.estimate(nn.Linear(32768, 32768), torch.randn(1, 32768), gpu="8GiB", optimizer=torch.optim.AdamW)
+    assert caught.value.needed is not None
+    assert 5 * 4 * 32768**2 < caught.value.needed < 6 * 4 * 32768**2  # weight, gradient, two moments, and AdamW's temporary
+    assert "a card of 8GiB has 8.00 GiB" in str(caught.value)
+    offered = str(caught.value).rsplit(" ", 1)[1].rstrip(".")
+    total = {card.name: card.total for card in known_cards()}
+    assert total[offered] == min(size for size in total.values() if size >= caught.value.needed)
 
 
-def test_a_step_that_depends_on_values_says_so() -> None:
+def test_of_several_cards_the_ones_that_are_too_small_say_so_in_their_place() -> None:
+    small, large = autobatch.estimate(
+        nn.Linear(8192, 8192), torch.randn(1, 8192), gpu=["1GiB", "8GiB"], optimizer=torch.optim.AdamW, margin=0.0
+    )
+    assert isinstance(small, NoBatchSizeFits)
+    assert large.batch_size > 1000
+
+
+def estimate_step(step: Any) -> Any:
+    return autobatch.estimate(model(), SAMPLE, gpu="8GiB", step=step)
+
+
+def loss_of(net: nn.Module, batch: Any) -> torch.Tensor:
+    return F.cross_entropy(net(batch[0]), batch[1])
+
+
+def reading(net: nn.Module, batch: Any) -> torch.Tensor:
+    loss = loss_of(net, batch)
+    assert loss.item() > 0
+    return loss
+
+
+def masking(net: nn.Module, batch: Any) -> torch.Tensor:
+    out = net(batch[0])
+    return out[out > -1e9].square().mean() + 0 * torch.unique(batch[1]).sum()
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(rows.numpy() * 2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return gradient * 2
+
+
+def custom(net: nn.Module, batch: Any) -> torch.Tensor:
+    return Doubled.apply(net(batch[0])).square().mean()  # type: ignore[no-any-return, no-untyped-call]
+
+
+@pytest.mark.parametrize(("step", "named"), [(reading, "aten._local_scalar_dense"), (masking, "aten."), (custom, "numpy")])
+def test_a_step_that_depends_on_values_is_run_on_real_tensors_and_says_so(step: Any, named: str) -> None:
+    plan, plain = estimate_step(step), estimate_step(loss_of)
+    (note,) = (note for note in plan.notes if "so it was run on real CPU tensors at 4 and 8 rows" in note)
+    assert named in note
+    assert 0.5 * plain.batch_size < plan.batch_size < 1.1 * plain.batch_size
+    assert plan.high - plan.low > plain.high - plain.low
+
+
+def test_a_step_that_names_cuda_and_asks_for_autocast_runs_as_it_would_there() -> None:
     def step(net: nn.Module, batch: Any) -> torch.Tensor:
-        out = net(batch[0])
-        return out.sum() if float(out.sum()) > 0 else out.mean()
+        inputs, target = batch[0].cuda(), batch[1].to("cuda:0", non_blocking=True)
+        assert torch.zeros(1, device="cuda").sum().requires_grad is False
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            out = net(inputs)
+            assert out.dtype == torch.bfloat16
+            loss = F.cross_entropy(out, target)
+        torch.cuda.synchronize()
+        return loss
 
-    with pytest.raises(WorkloadFailed, match="The step cannot be simulated: DataDependentOutputException"):
-        autobatch.estimate(model(), SAMPLE, gpu="8GiB", step=step)
+    assert estimate_step(step).batch_size == estimate(["8GiB"], optimizer=None, precision="bf16")[0].batch_size
+
+
+def test_a_step_that_ends_its_process_or_raises_is_told_and_not_survived_by_it_alone() -> None:
+    with pytest.raises(WorkloadFailed, match="the process was ended by signal SIGABRT in which it was traced"):
+        estimate_step(lambda net, batch: os.abort())
+    with pytest.raises(WorkloadFailed, match="The training step raised KeyError on 4 rows: 'nothing'") as caught:
+        estimate_step(lambda net, batch: {}["nothing"])
+    assert "KeyError" in caught.value.traceback_text
+
+
+def test_what_a_step_prints_is_shown_once(capfd: pytest.CaptureFixture[str]) -> None:
+    def step(net: nn.Module, batch: Any) -> torch.Tensor:
+        print("a step")
+        return loss_of(net, batch)
+
+    estimate_step(step)
+    assert capfd.readouterr().out == "a step\n"
+
+
+def test_a_context_that_was_measured_counts_in_place_of_the_assumption() -> None:
+    more = estimate(["8GiB"], context="2GiB")[0]
+    assert more.budget == 6 * GIB
+    assert more.batch_size < estimate(["8GiB"])[0].batch_size
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    import os
-
     command = [sys.executable, "-m", "autobatch", "estimate", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
 
@@ -113,7 +196,15 @@ def test_an_explanation_says_where_the_bytes_are_and_what_would_change_it() -> N
     kinds = ("activation", "temporary", "parameter", "optimizer state", "cuBLAS workspace", "reserved but unusable")
     assert all(any(line.startswith(kind) for line in lines) for kind in kinds)
     changes = {line.split(" with ")[1]: line.split()[3] for line in lines if line.startswith("batch ") and " → " in line}
-    assert set(changes) == {"bf16 autocast", "activation checkpointing of its blocks", "SGD without momentum", "expandable segments"}
+    assert set(changes) == {
+        "bf16 autocast",
+        "activation checkpointing of its blocks",
+        "SGD without momentum",
+        "8-bit AdamW",
+        "fused AdamW",
+        "expandable segments",
+        "sequences of 64 instead of 128",
+    }
     now = int(next(line for line in lines if line.startswith("24GiB")).split()[3].replace(",", ""))
     assert int(changes["bf16 autocast"].replace(",", "")) > now
     assert int(changes["activation checkpointing of its blocks"].replace(",", "")) > now

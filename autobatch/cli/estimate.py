@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from autobatch.core.errors import InvalidRequest
+from autobatch.core.errors import InvalidRequest, NoBatchSizeFits
+from autobatch.core.plan import BatchPlan
 from autobatch.report.estimates import estimate_lines, explained_lines
 from autobatch.report.lines import plan_lines
 from autobatch.simulate.cards import known_cards
@@ -52,15 +53,22 @@ def estimate(target: str, gpus: tuple[str, ...], all_gpus: bool, explain: bool, 
         raise InvalidRequest("Which card? Give --gpu rtx4090, --gpu 24GiB or --all-gpus.")
     overrides = {key: options.pop(key) for key in _STEP if key != "base_lr"} | {"base_lr": options["base_lr"]}
     answers = estimate_target(target, names, overrides, options, explained=explain)
-    plans = [plan for plan, _ in answers]
+    if all(isinstance(answer, NoBatchSizeFits) for answer, _ in answers):
+        raise answers[0][0]  # type: ignore[misc]
     if as_json:
-        click.echo(json.dumps([plan.to_dict() | ({"explained": why} if why else {}) for plan, why in answers], indent=2))
+        click.echo(json.dumps([_as_data(name, answer, why) for name, (answer, why) in zip(names, answers, strict=True)], indent=2))
         return
-    if len(plans) == 1:
-        for line in plan_lines(plans[0]):
+    if len(answers) == 1:
+        for line in plan_lines(answers[0][0]):  # type: ignore[arg-type]
             click.echo(line, err=True)
-    for line in estimate_lines(plans):
+    for line in estimate_lines([(name, answer) for name, (answer, _) in zip(names, answers, strict=True)]):
         click.echo(line)
-    for plan, why in answers:
-        for line in explained_lines(plan, why) if why else []:
+    for answer, why in answers:
+        for line in explained_lines(answer, why) if isinstance(answer, BatchPlan) and why else []:
             click.echo(line)
+
+
+def _as_data(name: str, answer: BatchPlan | NoBatchSizeFits, why: dict[str, Any] | None) -> dict[str, Any]:
+    if isinstance(answer, NoBatchSizeFits):
+        return {"device": name, "batch_size": None, "error": str(answer), "needed": answer.needed}
+    return answer.to_dict() | ({"explained": why} if why else {})

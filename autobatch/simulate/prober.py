@@ -8,7 +8,7 @@ from typing import Any
 from autobatch.core.records import MemoryReading, Outcome, Peak, Probe, Setting
 from autobatch.core.units import format_bytes
 from autobatch.devices.base import set_budget
-from autobatch.simulate.affine import AffineTrace
+from autobatch.simulate.affine import AffineTrace, smallest_capacity
 from autobatch.simulate.allocator import CachingAllocator, SimulatedOutOfMemory
 from autobatch.simulate.allocator_settings import AllocatorSettings
 from autobatch.simulate.blocks import Block
@@ -107,6 +107,10 @@ class SimulatedProber:
         """Return the rows that ``size`` bytes make up around ``batch_size``."""
         per_row = self._trace.peak(2 * batch_size) - self._trace.peak(batch_size)
         return int(size * batch_size / per_row) if per_row > 0 else 0
+
+    def needed(self, batch_size: int) -> int:
+        """Return the least bytes a trial has to be allowed for a step of ``batch_size`` rows."""
+        return smallest_capacity(self._trace.events, self._trace.sizes(batch_size), self._settings) + self._card.workspace
 
     def close(self) -> None:
         """Do nothing: nothing is held."""
