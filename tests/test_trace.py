@@ -14,7 +14,9 @@ from torch.profiler import ProfilerActivity, profile
 from autobatch.core.units import MIB
 from autobatch.examples import gpt
 from autobatch.simulate.affine import AffineTrace, NotAffine, completes, smallest_capacity
-from autobatch.simulate.trace import Trace, trace_step
+from autobatch.simulate.cpu_temporaries import cpu_temporaries
+from autobatch.simulate.recorder import Trace
+from autobatch.simulate.trace import Manner, trace_step
 from autobatch.workload.workload import Workload, build_workload
 
 
@@ -82,6 +84,34 @@ def test_matmul_models_ask_for_what_the_real_allocator_gave_to_a_thousandth(buil
     for batch_size in (8, 16):
         predicted = traced(build(optimizer), batch_size).peak()
         assert predicted == pytest.approx(real_peak(build(optimizer), batch_size), rel=0.001)
+
+
+def pyramid(optimizer: Any) -> Workload:
+    def block(into: int, out: int, stride: int = 1) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(into, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU())
+
+    model = nn.Sequential(
+        block(3, 24), block(24, 40, 2), block(40, 80), block(80, 80), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(80, 10)
+    )
+    return build_workload(model, (torch.randn(2, 3, 40, 40), torch.randint(10, (2,))), loss_fn=F.cross_entropy, optimizer=optimizer)
+
+
+def plain(optimizer: Any) -> Workload:
+    layers: list[nn.Module] = []
+    for into, out in ((3, 64), (64, 64), (64, 128)):
+        layers += [nn.Conv2d(into, out, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    model = nn.Sequential(*layers, nn.Conv2d(128, 128, 1), nn.ReLU(), nn.Flatten(), nn.Linear(128 * 16, 10))
+    return build_workload(model, (torch.randn(2, 3, 32, 32), torch.randint(10, (2,))), loss_fn=F.cross_entropy, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("optimizer", [sgd, adamw])
+@pytest.mark.parametrize("build", [convolutional, pyramid, plain])
+def test_convolutional_models_ask_for_what_the_real_allocator_gave_to_a_hundredth(build: Any, optimizer: Any) -> None:
+    """With what oneDNN takes inside a convolution, up to a fifth of the peak."""
+    for batch_size in (32, 64):
+        predicted = trace_step(build(optimizer), batch_size, Manner(temporaries=cpu_temporaries)).peak()
+        assert predicted == pytest.approx(real_peak(build(optimizer), batch_size), rel=0.01)
+        assert predicted >= traced(build(optimizer), batch_size).peak()
 
 
 def test_nothing_of_the_original_changes() -> None:

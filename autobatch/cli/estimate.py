@@ -10,7 +10,7 @@ import click
 from autobatch.core.errors import InvalidRequest, NoBatchSizeFits
 from autobatch.core.plan import BatchPlan
 from autobatch.report.estimates import estimate_lines, explained_lines
-from autobatch.report.lines import plan_lines
+from autobatch.report.lines import plain, plan_lines
 from autobatch.simulate.cards import known_cards
 
 _STEP = ("precision", "mode", "optimizer", "base_lr")
@@ -43,8 +43,8 @@ _STEP = ("precision", "mode", "optimizer", "base_lr")
 def estimate(target: str, gpus: tuple[str, ...], all_gpus: bool, explain: bool, as_json: bool, **options: Any) -> None:
     """Estimate the largest batch size of TARGET's training step on cards that are not here.
 
-    The step is run once on tensors without memory (what it prints or saves happens once) and replayed in a model of the caching
-    allocator. TARGET is as for autobatch probe. The answer is a table with an interval for each card; nothing was run on a card.
+    The step is traced on tensors without memory, in processes apart, and replayed in a model of the caching allocator. What it prints is
+    shown once; what it saves is saved. TARGET is as for autobatch probe. The answer is a table with an interval for each card; nothing was run on a card.
     """
     from autobatch.estimator import estimate_target
 
@@ -52,6 +52,7 @@ def estimate(target: str, gpus: tuple[str, ...], all_gpus: bool, explain: bool, 
     if not names:
         raise InvalidRequest("Which card? Give --gpu rtx4090, --gpu 24GiB or --all-gpus.")
     overrides = {key: options.pop(key) for key in _STEP if key != "base_lr"} | {"base_lr": options["base_lr"]}
+    click.echo(f"tracing {plain(target)}: its step runs on tensors without memory; what it saves is saved", err=True)
     answers = estimate_target(target, names, overrides, options, explained=explain)
     if all(isinstance(answer, NoBatchSizeFits) for answer, _ in answers):
         raise answers[0][0]  # type: ignore[misc]

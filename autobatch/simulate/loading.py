@@ -72,7 +72,7 @@ def _nothing(*_arguments: Any, **_keywords: Any) -> None:
 
 
 @contextlib.contextmanager
-def _without_memory() -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
+def without_memory() -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
     """Make large tensors fake; gives what became of parameters that were converted, by the identity of the old one."""
     became: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -109,7 +109,7 @@ def load_without_memory(target: str, overrides: Mapping[str, Any]) -> tuple[Work
         AutobatchError: as ``load_target``.
     """
     try:
-        with _without_memory() as became:
+        with without_memory() as became:
             work, options = load_target(target, overrides)
             for group in work.optimizer.param_groups if work.optimizer is not None else ():
                 group["params"] = [_newest(parameter, became) for parameter in group["params"]]
