@@ -154,3 +154,11 @@ def test_memory_efficient_attentions_backward_accumulates_in_fp32(precision: str
 
     trace = traced(nn.Linear(160, 480), torch.randn(2, 100, 160), step, precision=precision)
     assert inside(trace, "aten._scaled_dot_product_efficient_attention_backward") == [size] * 2
+
+
+def test_a_sort_carries_places_beside_its_numbers() -> None:
+    def step(net: Any, x: Tensor) -> Tensor:
+        return torch.sort(net(x), dim=1).values.sum()
+
+    numbers = 8 * 500
+    assert inside(traced(nn.Linear(10, 500), torch.zeros(8, 10), step), "aten.sort") == [numbers * (4 + 3 * 8)] * 2

@@ -44,7 +44,8 @@ def estimate(target: str, gpus: tuple[str, ...], all_gpus: bool, explain: bool, 
     """Estimate the largest batch size of TARGET's training step on cards that are not here.
 
     The step is traced on tensors without memory, in processes apart, and replayed in a model of the caching allocator. What it prints is
-    shown once; what it saves is saved. TARGET is as for autobatch probe. The answer is a table with an interval for each card; nothing was run on a card.
+    shown once; what it saves is saved. TARGET is as for autobatch probe. The answer is a table with an interval for each card; nothing
+    was run on a card.
     """
     from autobatch.estimator import estimate_target
 

@@ -71,6 +71,16 @@ def _index_put(arguments: tuple[Any, ...]) -> int:
     return _sort(math.prod(max(sizes) for sizes in zip_longest(*(index.shape[::-1] for index in indices), fillvalue=1)))
 
 
+def _sorted(arguments: tuple[Any, ...]) -> int:
+    """Sort numbers with their places by radix: both go back and forth between two buffers, and every number knows its row.
+
+    Reason: ``segmented_sort_pairs`` in ``Sort.cu`` carries the row and the place of each number as one index. Assumed: two such indices
+    (in and out), and a second buffer of numbers and of indices for cub's passes.
+    """
+    numbers = arguments[0]
+    return int(numbers.numel() * (numbers.itemsize + 3 * _INDEX))
+
+
 def _sort(count: int) -> int:
     """Return the bytes of a radix sort of pairs by cub: keys and values, both in and out, and one more pair of buffers for its passes.
 
@@ -119,6 +129,7 @@ _RULES: dict[str, Callable[[tuple[Any, ...]], int]] = {
     "aten._scaled_dot_product_flash_attention_backward": _flash_backward,
     "aten._scaled_dot_product_efficient_attention_backward": _efficient_backward,
     "aten.embedding_dense_backward": _embedding_backward,
+    "aten.sort": _sorted,
     "aten.index_put": _index_put,
     "aten.index_put_": _index_put,
     "aten._index_put_impl_": _index_put,
