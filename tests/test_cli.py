@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -17,6 +18,8 @@ import pytest
 
 from autobatch import BatchPlan
 from autobatch.cli import group
+from autobatch.cli.progress import Display
+from autobatch.core.records import Outcome, Probe, Trying
 
 TARGETS = """
 import os, signal, sys, time
@@ -159,6 +162,15 @@ def test_an_interrupt_stops_the_worker_within_a_second_and_says_what_was_known(f
     assert "Traceback" not in rest
     assert [child for child in children if child.is_running()] == []
     assert seconds < 5  # a hang, not a speed: the step sleeps for 1000 s
+
+
+def test_an_interrupt_right_after_a_result_does_not_deny_it() -> None:
+    stream = io.StringIO()
+    display = Display(stream)
+    display(Trying(batch_size=1))
+    display(Probe(batch_size=1, outcome=Outcome.FIT))
+    display.interrupted()
+    assert "So far: 1 fits. Nothing was confirmed." in stream.getvalue()
 
 
 def test_devices_shows_capacity_budget_and_why(folder: Path) -> None:

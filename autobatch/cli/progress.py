@@ -22,6 +22,8 @@ class Display:
         self._status: Status | None = None
         self._setting: Setting | None = None
         self._last: Trying | None = None
+        self._best: int | None = None
+        self._wall: int | None = None
 
     def __enter__(self) -> Display:
         return self
@@ -35,10 +37,11 @@ class Display:
             self._setting = event
             self._show(setting_lines(event))
         elif isinstance(event, Trying):
-            self._last = event
-            self._live(f"{'confirming' if event.confirmation else 'probing'} batch size {event.batch_size:,} ({_bracket(event)})")
+            self._last, self._best, self._wall = event, event.best, event.wall
+            self._live(f"{'confirming' if event.confirmation else 'probing'} batch size {event.batch_size:,} ({self._bracket()})")
         else:
             self._quiet()
+            self._learn(event)
             self._show([probe_line(event, self._setting.cap if self._setting else None)])
 
     def loading(self, target: str) -> None:
@@ -52,14 +55,14 @@ class Display:
     def interrupted(self) -> None:
         """Say what was known when the user stopped the search."""
         self._quiet()
-        known = _bracket(self._last) if self._last is not None else "no batch size had been tried"
+        known = self._bracket() if self._last is not None else "no batch size had been tried"
         self._show([f"autobatch: interrupted; the worker was stopped. So far: {known}. Nothing was confirmed."])
 
     def failed(self) -> None:
         """Say what was known when the search broke off."""
         self._quiet()
-        if self._last is not None and self._last.best is not None:
-            self._show([f"Known before that: {_bracket(self._last)}."])
+        if self._best is not None:
+            self._show([f"Known before that: {self._bracket()}."])
 
     def _live(self, text: str) -> None:
         if self._console.is_terminal:
@@ -76,7 +79,13 @@ class Display:
         for line in lines:
             self._console.print(Text(line))
 
+    def _learn(self, probe: Probe) -> None:
+        """Take in a result before it is shown: an interrupt right after it must not deny it."""
+        if probe.outcome.fits:
+            self._best = max(self._best or 0, probe.batch_size)
+        else:
+            self._wall = probe.batch_size if self._wall is None else min(self._wall, probe.batch_size)
 
-def _bracket(trying: Trying) -> str:
-    best = "nothing fitted yet" if trying.best is None else f"{trying.best:,} fits"
-    return best if trying.wall is None else f"{best}, {trying.wall:,} does not"
+    def _bracket(self) -> str:
+        best = "nothing fitted yet" if self._best is None else f"{self._best:,} fits"
+        return best if self._wall is None else f"{best}, {self._wall:,} does not"
