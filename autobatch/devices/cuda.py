@@ -9,6 +9,7 @@ from typing import Any
 from autobatch.core.errors import DeviceUnavailable
 from autobatch.core.records import MemoryReading, Outcome, Peak
 from autobatch.devices import oom
+from autobatch.devices.lock import card_lock
 from autobatch.devices.nvml import CardUse, Nvml
 
 
@@ -39,8 +40,9 @@ class CudaDevice:
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        """Make the card the current one, as a training script would."""
-        with self._cuda.device(self._index):
+        """Make the card the current one, as a training script would, once no other search is on it."""
+        with card_lock(str(getattr(self._properties, "uuid", self.name)), self.name) as note, self._cuda.device(self._index):
+            self.notes = (note,) if note else ()
             yield
 
     def memory(self) -> MemoryReading:
