@@ -87,11 +87,11 @@ def _simulated(work: Workload, capability: tuple[int, int], checkpointed: bool) 
     convolves, recurs = (any(isinstance(m, kind) for m in work.model.modules()) for kind in (nn.modules.conv._ConvNd, nn.RNNBase))
     unseen = {
         how: _APPROXIMATE if how else 0.0,
-        "convolution workspaces are not traced": _CONVOLUTION if convolves else 0.0,
+        "convolution workspaces follow a rule, no measurement": _CONVOLUTION if convolves else 0.0,
         "the buffers of cuDNN's recurrent layers are derived, not measured": _RECURRENT if recurs else 0.0,
     }
-    notes = [f"simulated: kernels, context and fragmentation may differ by {_BASE:.0%} of the memory"]
-    notes += [f"{what}; the interval allows {share:.0%} for that" for what, share in unseen.items() if share]
+    notes = [f"simulated: kernels, context and fragmentation may differ by {100 * _BASE:.0f} % of the memory"]
+    notes += [f"{what}; the interval allows {100 * share:.0f} % for that" for what, share in unseen.items() if share]
     kernels = _CUDNN_KERNELS if convolves or recurs else _OTHER_KERNELS
     return SimulatedStep(
         trace=trace, kernels=kernels, expected=points_of(trace), uncertainty=_BASE + sum(unseen.values()), notes=tuple(notes)
