@@ -24,6 +24,7 @@ from autobatch.core.records import MemoryReading, Outcome, Peak
 from autobatch.core.units import KIB, MIB
 from autobatch.devices import allocator, oom
 from autobatch.devices.cgroup import ControlGroup
+from autobatch.devices.forget import said_by
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -180,7 +181,7 @@ class CpuDevice:
     def classify(self, error: BaseException, *, ran_before: bool = False) -> Outcome | None:
         """Return the outcome ``error`` stands for; RAM is this device's memory, so running out of it is ``oom``."""
         known = oom.classify(error, on_cpu=True)
-        if known is None and _ONEDNN in str(error) and (ran_before or self.peak().allocated > _NEARLY * self._limit):
+        if known is None and _ONEDNN in said_by(error) and (ran_before or self.peak().allocated > _NEARLY * self._limit):
             return Outcome.OOM
         return known
 

@@ -105,9 +105,9 @@ class CudaDevice:
         with contextlib.suppress(RuntimeError):
             self._cuda.empty_cache()
 
-    def classify(self, error: BaseException, *, ran_before: bool = False) -> Outcome | None:  # noqa: ARG002 no message here is in doubt
+    def classify(self, error: BaseException, *, ran_before: bool = False) -> Outcome | None:
         """Return the outcome ``error`` stands for."""
-        return oom.classify(error)
+        return oom.classify(error, ran_before=ran_before)
 
     def environment(self) -> dict[str, str]:
         """Return the card, its compute capability and the versions that decide which kernels run."""

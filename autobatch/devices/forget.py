@@ -16,7 +16,26 @@ def chain(error: BaseException) -> Iterator[BaseException]:
             continue
         seen.add(id(one))
         yield one
-        waiting += [one.__context__, one.__cause__, *getattr(one, "exceptions", ())]
+        waiting += [one.__context__, one.__cause__, *_members(one)]
+
+
+def _members(error: BaseException) -> list[BaseException]:
+    """Return the members of an exception group, Python's own (3.11) or a package's: others may call anything ``exceptions``."""
+    members = getattr(error, "exceptions", None)
+    return [one for one in members if isinstance(one, BaseException)] if isinstance(members, (list, tuple)) else []
+
+
+def said_by(error: BaseException) -> str:
+    """Return what ``error`` says, whatever its own method does when it is asked."""
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001 it is the user's
+        return f"({type(error).__name__}, an exception that cannot be shown as text)"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what ``error`` says, its type where it says nothing."""
+    return (said_by(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def forget(error: BaseException) -> None:

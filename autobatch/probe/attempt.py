@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from autobatch.core.records import Outcome, Probe
-from autobatch.devices.forget import forget
+from autobatch.devices.forget import first_line, forget
 from autobatch.devices.oom import classify
 
 
@@ -19,16 +19,17 @@ def attempt(run: Callable[[int], object], batch_size: int) -> Probe:
         Exception: whatever ``run`` raises that is not about memory.
     """
     outcome, message, started = Outcome.FIT, "", time.perf_counter()
+    failure = None
     try:
         run(batch_size)
     except Exception as error:
         verdict = classify(error)
         if verdict is None:
             raise
-        outcome, message = verdict, (str(error).strip().splitlines() or [type(error).__name__])[0]
-        forget(error)
+        outcome, message, failure = verdict, first_line(error), error
     seconds = time.perf_counter() - started
-    if not outcome.fits:
+    if failure is not None:
+        forget(failure)  # not in the handler: there the interpreter itself still holds the error and its frames
         _give_back()
     return Probe(batch_size=batch_size, outcome=outcome, steps=1, seconds=seconds, message=message)
 

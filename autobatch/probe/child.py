@@ -1,16 +1,14 @@
 """The worker process: opens one workload, answers one probe after another, and ends with its parent.
 
-Started as ``python -m autobatch.probe.child REQUEST_FD REPLY_FD``. The process started so loads torch and forks; the fork does the
+Started as ``python -m autobatch.probe.child REQUEST_FD REPLY_FD PARENT``. The process started so loads torch and forks; the fork does the
 work. When it is told to retire, after a probe that did not fit, the next fork takes its place without loading torch again. However else
-it ends, the first process ends in the same way. Standard output and standard error stay the user's.
+it ends, the first process (``keeper.py``) ends in the same way. Standard output and standard error stay the user's.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
-import functools
 import os
 import signal
 import sys
@@ -20,27 +18,24 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
-from autobatch.probe import wire
+from autobatch.probe import keeper, wire
 
 if TYPE_CHECKING:
     from autobatch.probe.inline import InlineProber
 
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
-_RETIRED = 86  # exit code of a worker that made room for the next
 # Frames of the machinery that called the user's code; their own traceback begins below them.
 _OURS = tuple(str(Path(__file__).parents[1] / room) for room in ("probe", "workload", "devices"))
 
 
-def serve(requests: IO[bytes], replies: IO[bytes]) -> int:
-    """Answer requests until the parent closes its end or says to retire, and return the exit code."""
+def serve(requests: IO[bytes], replies: IO[bytes]) -> bool:
+    """Answer requests until the parent closes its end, or says to retire; return whether it said so."""
     prober: InlineProber | None = None
+    served_by = os.getpid()
     with contextlib.ExitStack() as stack:
         for line in iter(requests.readline, b""):
             request = wire.decode(line)
             if request["op"] == "retire":
-                replies.write(wire.encode({"retired": True}))
-                replies.flush()
-                return _RETIRED
+                return True
             try:
                 if request["op"] == "open":
                     prober = _open(request, requests)
@@ -52,9 +47,10 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> int:
                     reply = {"probe": probe}
             except Exception as error:  # noqa: BLE001 whatever the user's code raises is the answer
                 reply = {"error": wire.error_to(error, users_traceback(error))}
-            replies.write(wire.encode(reply))
-            replies.flush()
-    return 0
+            if os.getpid() != served_by:
+                os._exit(0)  # the step forked and came back twice: one process answers
+            wire.write_all(replies.fileno(), wire.encode(reply))
+    return False
 
 
 def users_traceback(error: BaseException) -> str:
@@ -116,18 +112,6 @@ def _workload(request: Mapping[str, Any], requests: IO[bytes]) -> tuple[Any, dic
     return build_workload(**arguments), {}
 
 
-def _control(option: int, value: int) -> None:
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(option, value)
-
-
-def _die_with(parent: int) -> None:
-    """Ask the kernel to kill this process when its ``parent`` ends, however that ends."""
-    _control(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
 def _load_torch() -> None:
     """Load what every worker needs, with the allocator set before torch takes its first block: readings on the CPU depend on it."""
     from autobatch.devices.allocator import exact_allocator
@@ -136,54 +120,73 @@ def _load_torch() -> None:
     import torch._dynamo  # what the first optimizer of a process loads  # noqa: F401
 
 
-def _end_like(status: int) -> NoReturn:
-    """End this process with the exit code, or by the signal, that ended its worker."""
-    code = os.waitstatus_to_exitcode(status)
-    if code < 0:
-        with contextlib.suppress(OSError):
-            signal.signal(-code, signal.SIG_DFL)
-        os.kill(os.getpid(), -code)
+def _clean_up() -> None:
+    """Run what the workload and its libraries do at the end of a process; multiprocessing kills its workers, and their sockets stay."""
+    import psutil
+
+    folders = set[Path]()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error, OSError):
+            folders |= keeper.socket_folders(process)
+    with contextlib.suppress(BaseException):
+        atexit._run_exitfuncs()
+    keeper.remove(folders)
+
+
+def _finish(code: int) -> NoReturn:
+    """End this process; the interpreter's long goodbye is skipped, and nothing that fails on the way changes the exit code."""
+    _clean_up()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
     os._exit(code)
 
 
-def _kill(worker: int, *_: object) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(worker, signal.SIGKILL)
+def _exit_code(ended: SystemExit) -> int:
+    """Return the exit code that ``sys.exit`` asks for; as the interpreter does, a text is printed and means 1."""
+    if ended.code is None or isinstance(ended.code, int):
+        return int(ended.code or 0) & 0xFF
+    with contextlib.suppress(Exception):
+        sys.stderr.write(f"{ended.code}\n")
+    return 1
 
 
-def _clear_away() -> None:
-    """Kill what a worker that ended has left running: data loaders, helpers."""
-    import psutil
-
-    left = psutil.Process().children(recursive=True)
-    for process in left:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(left, timeout=2)
+def _work(requests_fd: int, replies_fd: int, says: int) -> NoReturn:
+    """Serve until there is nothing more to answer, then end this process."""
+    try:
+        # Unbuffered and never closed: what the workload does to these descriptors must not be met again on the way out.
+        requests, replies = open(requests_fd, "rb", closefd=False), open(replies_fd, "wb", buffering=0, closefd=False)  # noqa: SIM115
+        if not serve(requests, replies):
+            _finish(0)
+        _clean_up()
+        os.write(says, b"r")
+        replies.write(wire.encode({"retired": True}))
+        _finish(0)
+    except SystemExit as ended:
+        _finish(_exit_code(ended))
+    except KeyboardInterrupt as raised:
+        with contextlib.suppress(BaseException):
+            sys.stderr.write(users_traceback(raised))
+            sys.stderr.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    except OSError:
+        os._exit(wire.PIPE_LOST)  # the workload closed our pipes, or nobody reads them any more
+    except BaseException:  # noqa: BLE001 a fault of ours: it is shown, and the process must end here all the same
+        with contextlib.suppress(BaseException):
+            traceback.print_exc()
+    os._exit(1)
 
 
 def main() -> None:
     """Keep one worker after another serving the two descriptors named on the command line."""
-    _die_with(os.getppid())
-    _control(_PR_SET_CHILD_SUBREAPER, 1)
+    keeper.prepare(int(sys.argv[3]))
     descriptors = int(sys.argv[1]), int(sys.argv[2])
     for fd in descriptors:
         os.set_inheritable(fd, False)
     _load_torch()
-    keeper = os.getpid()
-    while (worker := os.fork()) != 0:
-        signal.signal(signal.SIGTERM, functools.partial(_kill, worker))
-        _, status = os.waitpid(worker, 0)
-        _clear_away()
-        if os.waitstatus_to_exitcode(status) != _RETIRED:
-            _end_like(status)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _die_with(keeper)
-    with open(descriptors[0], "rb") as requests, open(descriptors[1], "wb") as replies:
-        code = serve(requests, replies)
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    os._exit(code)  # somebody waits: skip the interpreter's long goodbye
+    says = keeper.keep()
+    _work(*descriptors, says)
 
 
 if __name__ == "__main__":

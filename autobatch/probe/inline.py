@@ -12,9 +12,12 @@ from typing import Any
 import torch
 
 from autobatch._version import __version__
-from autobatch.core.records import Probe, Setting
+from autobatch.core.errors import WorkloadFailed
+from autobatch.core.records import Outcome, Probe, Setting
 from autobatch.devices.base import Device, set_budget
-from autobatch.probe.measure import NOT_FINITE, measure
+from autobatch.devices.forget import first_line
+from autobatch.devices.oom import is_sticky
+from autobatch.probe.measure import LEFT_BEHIND, NOT_FINITE, measure
 from autobatch.workload.state import Snapshot, resident_bytes
 from autobatch.workload.workload import Workload
 
@@ -29,10 +32,13 @@ class InlineProber:
         margin: fraction of the budget kept free during every trial.
         cap: bytes a trial may use, when they were settled before (a worker that replaces another).
         ran_before: whether a trial of this workload fitted before, in a worker that this one replaces.
-        keep_state: whether the caller needs model, optimizer and random state back afterwards.
+        keep_state: whether the caller needs model, optimizer and random state back afterwards; not so in a worker, which may break.
         defaults: plan options that came with the workload.
         expected: what a step is expected to need, as (batch size, bytes); empty for a search that begins at the smallest size.
         notes: what the user should know of all this.
+
+    Attributes:
+        worn: whether a trial left memory behind or broke this process's use of the device: a worker should be replaced.
 
     Raises:
         InvalidRequest: budget or margin cannot be meant.
@@ -53,6 +59,7 @@ class InlineProber:
         notes: tuple[str, ...] = (),
     ) -> None:
         self._workload, self._device, self._first, self._ran = workload, device, True, ran_before
+        self._keep_state, self._best, self._broken, self.worn = keep_state, 0, False, False
         with contextlib.ExitStack() as stack:
             self._snapshot = Snapshot(workload.model, workload.optimizer, torch.device(device.name), copies=keep_state)
             stack.callback(self._snapshot.restore)
@@ -68,8 +75,15 @@ class InlineProber:
         """Return what ``steps`` training steps of ``batch_size`` rows did.
 
         Raises:
+            WorkloadFailed: an error has left this process unable to use the device, now or in an earlier trial.
             Exception: what the user's code raises that is not about memory, with the batch size noted on it.
         """
+        if self._broken:
+            raise WorkloadFailed(
+                f"Batch size {batch_size} was not tried: an earlier trial has left this process unable to use {self._device.name}. Start a "
+                "new process; find(…, isolate=True) probes in workers, which are replaced.",
+                batch_size=batch_size,
+            )
         try:
             probe = measure(
                 self._workload,
@@ -82,8 +96,12 @@ class InlineProber:
                 confirmation=confirm,
             )
         except Exception as error:
+            if is_sticky(error):
+                return self._crashed(error, batch_size, confirm)
             _name_size(error, batch_size)
             raise
+        self.worn = self.worn or any(note.startswith(LEFT_BEHIND) for note in probe.notes)
+        self._best = max(self._best, batch_size if probe.outcome.fits else 0)
         if not self._first:
             # The trials' own updates drift, so only the first trial says anything about the user's loss.
             probe = dataclasses.replace(probe, notes=tuple(note for note in probe.notes if note != NOT_FINITE))
@@ -92,7 +110,28 @@ class InlineProber:
 
     def close(self) -> None:
         """Put the workload's state back; a second call does nothing."""
-        self._stack.close()
+        try:
+            self._stack.close()
+        except RuntimeError as error:
+            # What lies on a device that this process has lost cannot be put back; the trial's own error has said so.
+            if not (self._broken and is_sticky(error)):
+                raise
+
+    def _crashed(self, error: Exception, batch_size: int, confirm: bool) -> Probe:
+        """Return the wall that a size is which broke a worker's use of the device; the device must not be touched any more.
+
+        Raises:
+            WorkloadFailed: this is no worker, and nothing here can use the device again.
+            Exception: ``error`` itself, where one row breaks the device: that is no matter of size.
+        """
+        self._broken = self.worn = True
+        if self._keep_state:
+            raise WorkloadFailed(_what_broke(error, batch_size, self._best, self._device.name), batch_size=batch_size) from error
+        if batch_size == 1 and not self._ran:
+            _name_size(error, batch_size)
+            raise error
+        message = f"{first_line(error)} (the worker could not use {self._device.name} any more and was replaced)"
+        return Probe(batch_size=batch_size, outcome=Outcome.CRASHED, confirmation=confirm, message=message)
 
     def _read_setting(self, memory_budget: int | float | str | None, margin: float, defaults: Mapping[str, Any]) -> Setting:
         workload, device = self._workload, self._device
@@ -129,6 +168,16 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
     }
+
+
+def _what_broke(error: Exception, batch_size: int, best: int, device: str) -> str:
+    known = f"Batch size {best} was the largest that fitted before it" if best else "No batch size had fitted before it"
+    return (
+        f"The training step at batch size {batch_size} left this process unable to use {device}: {first_line(error)}. {known}. "
+        "Likely an index beyond 32 bits in a kernel (a batch too large for it), or a label or token outside its table. Next: start a new "
+        "process and probe with find(…, isolate=True), which survives this in workers and goes on with smaller sizes; "
+        "CUDA_LAUNCH_BLOCKING=1 shows the line that failed."
+    )
 
 
 def _name_size(error: Exception, batch_size: int) -> None:

@@ -16,7 +16,7 @@ import torch
 from autobatch.core.records import Outcome, Peak, Probe
 from autobatch.core.units import MIB, format_bytes
 from autobatch.devices.base import Device
-from autobatch.devices.forget import forget
+from autobatch.devices.forget import first_line, forget
 from autobatch.workload.batches import to_device
 from autobatch.workload.state import resident_bytes
 from autobatch.workload.workload import Workload
@@ -27,6 +27,11 @@ _LEAK = 16 * MIB
 # From this much on, a trial may have left tensors in reference cycles.
 _CYCLES = MIB
 
+LEFT_BEHIND = "a trial left "
+SPURIOUS = (
+    "this size ran out of memory at its first try and not at its second, after waiting for the device: memory that was freed on another "
+    "stream came back late"
+)
 NO_LOSS = "no loss_fn given: the sum of the model's outputs stood in for the loss; your real loss may need more memory"
 NOT_FINITE = "the loss was not finite in the first step; memory does not depend on it, your training does"
 
@@ -35,6 +40,9 @@ NOT_FINITE = "the loss was not finite in the first step; memory does not depend 
 class _Readings:
     """What the steps of one trial leave behind, also when one of them fails."""
 
+    outcome: Outcome = Outcome.FIT
+    message: str = ""
+    retries: int | None = None
     steps: int = 0
     seconds: list[float] = field(default_factory=list)
     peaks: dict[str, Peak] = field(default_factory=dict)
@@ -67,11 +75,37 @@ def measure(
     Raises:
         Exception: whatever the user's code raises that is not about memory, as it is.
     """
-    readings = _Readings()
-    outcome, message = Outcome.FIT, ""
-    before, retries = device.allocated(), device.retries()
+    before, started, notes = device.allocated(), time.perf_counter(), []
+    readings = _try(workload, device, batch_size, steps, cap, ran_before)
+    # Without a cache nothing comes back late. An answer has to run at the first try, as it will in training.
+    if readings.outcome is Outcome.OOM and readings.retries is not None and not confirmation:
+        drop()
+        give_back(device, before)
+        readings = _try(workload, device, batch_size, steps, cap, ran_before)
+        notes = [SPURIOUS] if readings.outcome.fits else []
+    drop()
+    return Probe(
+        batch_size=batch_size,
+        outcome=readings.outcome,
+        steps=readings.steps,
+        forward_backward=readings.peaks.get("forward_backward"),
+        optimizer=readings.peaks.get("optimizer"),
+        allocation_retries=readings.retries,
+        driver_used=device.driver_used(),
+        seconds_per_step=statistics.median(readings.seconds[1:]) if len(readings.seconds) > 1 else None,
+        seconds_spread=max(readings.seconds[1:]) - min(readings.seconds[1:]) if len(readings.seconds) > 1 else None,
+        seconds=time.perf_counter() - started,
+        confirmation=confirmation,
+        message=readings.message,
+        notes=(*_notes(workload, readings), *notes, *give_back(device, before)),
+    )
+
+
+def _try(workload: Workload, device: Device, batch_size: int, steps: int, cap: int, ran_before: bool) -> _Readings:
+    """Run the steps under the cap and return what they did; an error that is not about memory is raised."""
+    readings, failure = _Readings(), None
+    retries = device.retries()
     held = resident_bytes(workload.model, workload.optimizer)
-    started = time.perf_counter()
     try:
         with device.cap(cap, held):
             _run(workload, device, batch_size, steps, readings)
@@ -79,32 +113,21 @@ def measure(
         verdict = device.classify(error, ran_before=ran_before)
         if verdict is None:
             raise
-        outcome, message = verdict, _first_line(error)
-        forget(error)
-    if retries is not None and outcome is Outcome.FIT:
-        retries = (device.retries() or 0) - retries
-        if retries > 0:
-            outcome, message = Outcome.TIGHT, f"the allocator ran out and gave its cache back {retries} times"
-    drop()
-    return Probe(
-        batch_size=batch_size,
-        outcome=outcome,
-        steps=readings.steps,
-        forward_backward=readings.peaks.get("forward_backward"),
-        optimizer=readings.peaks.get("optimizer"),
-        allocation_retries=retries,
-        driver_used=device.driver_used(),
-        seconds_per_step=statistics.median(readings.seconds[1:]) if len(readings.seconds) > 1 else None,
-        seconds_spread=max(readings.seconds[1:]) - min(readings.seconds[1:]) if len(readings.seconds) > 1 else None,
-        seconds=time.perf_counter() - started,
-        confirmation=confirmation,
-        message=message,
-        notes=(*_notes(workload, readings), *give_back(device, before)),
-    )
+        readings.outcome, readings.message = verdict, first_line(error)
+        failure = error
+    if failure is not None:
+        forget(failure)  # not in the handler: there the interpreter itself still holds the error and its frames
+    if retries is not None:
+        readings.retries = (device.retries() or 0) - retries
+        if readings.retries > 0 and readings.outcome is Outcome.FIT:
+            times = "once" if readings.retries == 1 else f"{readings.retries} times"
+            readings.outcome, readings.message = Outcome.TIGHT, f"the allocator ran out and gave its cache back {times}"
+    return readings
 
 
 def give_back(device: Device, before: int) -> tuple[str, ...]:
     """Free what a trial left and return a note when more than a little of it stays."""
+    torch.clear_autocast_cache()  # weights that were cast for a step that broke off
     device.synchronize()
     device.release()
     leaked = device.allocated() - before
@@ -112,7 +135,12 @@ def give_back(device: Device, before: int) -> tuple[str, ...]:
         gc.collect()  # looks at every object of the process, which takes longer than a small step
         device.release()
         leaked = device.allocated() - before
-    return (f"a trial left {format_bytes(leaked)} behind that could not be freed",) if leaked > _LEAK else ()
+    if leaked <= _LEAK:
+        return ()
+    return (
+        f"{LEFT_BEHIND}{format_bytes(leaked)} behind that could not be freed, on top of {format_bytes(before)} before it: the step may "
+        "keep tensors (a list of losses, a cache, a hook); keep loss.item() or tensor.detach().cpu() instead",
+    )
 
 
 def _run(workload: Workload, device: Device, batch_size: int, steps: int, readings: _Readings) -> None:
@@ -171,7 +199,3 @@ def _notes(workload: Workload, readings: _Readings) -> tuple[str, ...]:
     if readings.first_loss is not None and not math.isfinite(readings.first_loss):
         notes.append(NOT_FINITE)
     return tuple(notes)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

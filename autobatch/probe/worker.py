@@ -6,12 +6,12 @@ import collections
 import contextlib
 import functools
 import os
-import selectors
 import signal
 import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -19,13 +19,17 @@ from typing import IO, Any
 from autobatch.core.errors import DeviceUnavailable, WorkerFailed
 from autobatch.core.record_json import from_plain
 from autobatch.core.records import Outcome, Probe, Setting
-from autobatch.probe import wire
+from autobatch.probe import keeper, wire
 
 # The first reply waits for torch to be imported and the model to be built, which large models take minutes for.
 START_TIMEOUT = 600.0
 PROBE_TIMEOUT = 600.0
-_TAIL_LINES = 40
+# A worker that retires runs its clean-up, the workload's own included; one that takes longer than this is killed.
+_RETIRE_TIMEOUT = 30.0
+_TAIL_LINES, _TAIL_WIDTH = 40, 2000
+_LONGEST_LINE = 4 * 2**20
 _GRACE = 2.0
+_CLEARING = 7.0  # more than the keeper takes at most for what a worker left
 
 
 class WorkerProber:
@@ -104,7 +108,16 @@ class WorkerProber:
         """End the worker and everything it started; a second call does nothing."""
         worker, self._worker, self._fresh = self._worker, None, False
         if worker is not None:
-            worker.end()
+            worker.end(waits=sys.exc_info()[0] is None)
+
+    def _retire(self) -> None:
+        """Have the worker make room for the next; one that cannot is replaced with everything that it forked from."""
+        assert self._worker is not None
+        try:
+            self._worker.ask({"op": "retire"}, b"", _RETIRE_TIMEOUT, "while it was replaced")
+        except WorkerFailed:
+            self.close()
+            self._worker = self._start()
 
     def _open(self) -> Setting:
         """Start a worker and return its setting; a later worker keeps the first one's cap."""
@@ -112,7 +125,7 @@ class WorkerProber:
             if self._worker is None:
                 self._worker = self._start()
             else:
-                self._worker.ask({"op": "retire"}, b"", PROBE_TIMEOUT, "while it was replaced")
+                self._retire()
             request = {"op": "open", "options": self._options, **self._source}
             reply = self._worker.ask(request, self._payload, START_TIMEOUT, "while loading the workload")
             if "error" in reply:
@@ -135,29 +148,16 @@ class _Worker:
     """
 
     def __init__(self, stdout: int | None, stderr: Callable[[str], object]) -> None:
-        request_read, request_write = os.pipe()
-        reply_read, reply_write = os.pipe()
-        command = [sys.executable, "-m", "autobatch.probe.child", str(request_read), str(reply_write)]
+        self._mark = uuid.uuid4().hex
         try:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=stdout,
-                stderr=subprocess.PIPE,
-                pass_fds=(request_read, reply_write),
-                start_new_session=True,
-                env=_environment(),
-            )
-        except BaseException:
-            os.close(request_write)
-            os.close(reply_read)
-            raise
-        finally:
-            os.close(request_read)
-            os.close(reply_write)
+            self._process, self._requests, self._replies = keeper.launch(stdout, self._mark)
+        except OSError as error:
+            raise WorkerFailed(
+                f"The worker process could not be started: {error}. Look for a limit on processes, files or memory."
+            ) from error
         self.status: int | None = None
+        self._ended = False
         self._pass_on = stderr
-        self._requests, self._replies = open(request_write, "wb"), open(reply_read, "rb", buffering=0)  # noqa: SIM115
         self._tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
         self._reader = threading.Thread(target=self._forward, args=(self._process.stderr,), daemon=True)
         self._reader.start()
@@ -168,10 +168,10 @@ class _Worker:
         Raises:
             WorkerFailed: there was none within ``timeout`` seconds, or the worker ended.
         """
+        deadline = time.monotonic() + timeout
         try:
-            self._requests.write(wire.encode(request) + payload)
-            self._requests.flush()
-            line = self._read_line(timeout)
+            wire.send(self._requests, wire.encode(request) + payload, timeout)
+            line = wire.receive(self._replies, max(0.0, deadline - time.monotonic()))
         except BrokenPipeError:
             line = b""
         except TimeoutError:
@@ -182,63 +182,64 @@ class _Worker:
                 stderr_tail=self.tail(),
             ) from None
         if not line.endswith(b"\n"):
-            self.end()
+            self.end(waits=True)
             raise WorkerFailed(f"The worker {self._how_it_ended()} {when}. {self._advice()}", stderr_tail=self.tail())
-        return wire.decode(line)
+        try:
+            return wire.reply(line)
+        except ValueError:
+            self.end()
+            raise WorkerFailed(
+                f"The worker sent what is no answer {when} and was stopped. The workload writes into file descriptors that are not "
+                "its own.",
+                stderr_tail=self.tail(),
+            ) from None
 
-    def end(self) -> None:
-        """Close the pipes, wait shortly, then stop the worker and kill the process group: also data loaders that it started."""
-        with contextlib.suppress(BrokenPipeError):
-            self._requests.close()
-        if sys.exc_info()[0] is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_GRACE)
-        if self._process.poll() is None:
-            self._process.terminate()  # it kills the worker and collects what is left of it
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_GRACE)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self.status = self._process.wait()
-        self._reader.join(_GRACE)
-        self._replies.close()
-        if self._process.stderr is not None and not self._reader.is_alive():
-            self._process.stderr.close()
+    def end(self, *, waits: bool = False) -> None:
+        """Close the pipes, stop the worker, and kill everything that it started; ``waits`` gives it a moment to end by itself."""
+        if self._ended:
+            return
+        self._ended = True
+        os.close(self._requests)
+        try:
+            if waits:
+                self._wait()
+            if self._process.poll() is None:
+                self._process.terminate()  # the keeper kills the worker and collects what is left of it
+                self._wait(_CLEARING)
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self.status = self._process.wait()
+            if self.status != 0:
+                keeper.kill_marked(self._mark)
+            self._reader.join(_GRACE)
+            os.close(self._replies)
+            if self._process.stderr is not None and not self._reader.is_alive():
+                self._process.stderr.close()
+
+    def _wait(self, seconds: float = _GRACE) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
 
     def tail(self) -> str:
         """Return the last lines of its standard error."""
         return "\n".join(self._tail)
 
-    def _read_line(self, timeout: float) -> bytes:
-        """Return the next line, shorter than a line when the worker closed its end."""
-        deadline, parts = time.monotonic() + timeout, [b""]
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._replies, selectors.EVENT_READ)
-            while not parts[-1].endswith(b"\n"):
-                if not selector.select(max(0.0, deadline - time.monotonic())):
-                    raise TimeoutError
-                part = self._replies.read(65536)
-                if not part:
-                    # Readable and empty is the end; give the process a moment to leave its exit status.
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        self._process.wait(_GRACE)
-                    break
-                parts.append(part)
-        return b"".join(parts)
-
     def _forward(self, stream: IO[bytes]) -> None:
         """Pass the worker's standard error on and keep its tail; reading must never stop, or the worker would block."""
-        for raw in iter(stream.readline, b""):
+        for raw in iter(functools.partial(stream.readline, _LONGEST_LINE), b""):
             line = raw.decode(errors="replace")
-            self._tail.append(line.rstrip("\n"))
-            with contextlib.suppress(OSError, ValueError):
+            self._tail.append(line.rstrip("\n")[:_TAIL_WIDTH])
+            with contextlib.suppress(Exception):
                 self._pass_on(line)
 
     def _how_it_ended(self) -> str:
         if self.status is None:
             return "broke off"
         if self.status < 0:
-            return f"was killed by {signal.Signals(-self.status).name}"
+            return f"was killed by {keeper.signal_name(-self.status)}"
+        if self.status == wire.PIPE_LOST:
+            return "lost its pipe to autobatch"
         return f"ended with exit code {self.status}"
 
     def _advice(self) -> str:
@@ -246,16 +247,13 @@ class _Worker:
             return (
                 "Something outside killed it: look for the kernel's out-of-memory killer (dmesg) or a job limit, and give --memory-budget."
             )
+        if self.status in (-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP):
+            return "The workload, a job limit or somebody sent it that signal: the last lines of its standard error are below."
         if self.status is not None and self.status < 0:
             return "Native code crashed: run one step of the same batch size by hand; the last lines of its standard error are below."
+        if self.status == wire.PIPE_LOST:
+            return "The workload closed file descriptors that are not its own (os.closerange, a daemon library): leave those alone."
         return "The workload ended the process itself (sys.exit, os._exit): the last lines of its standard error are below."
-
-
-def _environment() -> dict[str, str]:
-    """Return this process's environment with this package importable in the worker."""
-    root = str(Path(__file__).parents[2])
-    path = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": root if not path else f"{root}{os.pathsep}{path}"}
 
 
 def _memory_kills() -> int:

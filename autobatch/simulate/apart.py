@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from autobatch.devices.forget import first_line, said_by
+
 Result = TypeVar("Result")
 # Tensors with more numbers than this go to a fresh process as their shapes alone.
 _SMALL = 4096
@@ -38,7 +40,7 @@ class TookTooLong(Exception):
 
 def told(error: BaseException) -> str:
     """Return an error's name and the first line of its text."""
-    first = (str(error).strip().splitlines() or [""])[0]
+    first = first_line(error)
     return first if isinstance(error, Unsendable) else f"{type(error).__name__}: {first}"
 
 
@@ -65,7 +67,7 @@ def run_each_apart(functions: Sequence[Callable[[], Result]], *, seconds: float 
     try:
         return _forked(functions, seconds)
     except RuntimeError as error:
-        if _THREADS not in str(error):
+        if _THREADS not in said_by(error):
             raise
     return [_fresh(function, seconds, hollow) for function in functions]
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import random
-import sys
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,103 +14,146 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from autobatch.core.errors import InvalidRequest
+from autobatch.workload.flags import flags_undo
+from autobatch.workload.keeper import Keeper
+from autobatch.workload.randomness import keep_random_state
+
+__all__ = ["Snapshot", "keep_random_state", "resident_bytes"]
 
 
 class Snapshot:
-    """The state of a model and its optimizer, moved to ``device`` for the trials.
+    """The state of a model and its optimizer, moved to ``device`` for the trials, and the switches of the process.
 
     Tensors that already are on ``device`` are copied to host memory and copied back; tensors that are elsewhere stay untouched
     where they are while the trials work on their own copy. With ``copies=False`` (a process that ends after the trials) nothing is
     copied for later.
+
+    Args:
+        model: the module.
+        optimizer: the optimizer, if there is one.
+        device: where the trials run.
+        copies: whether the bytes are needed afterwards.
+        also: what else a step may change: functions (with what they have closed over), a scheduler, a scaler, a data loader.
+
+    Raises:
+        InvalidRequest: a parameter of the model is not initialised yet.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer | None, device: torch.device, *, copies: bool = True) -> None:
-        self._keep_copies = copies
-        self._undo: list[Callable[[], None]] = []
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer | None, device: torch.device, *, copies: bool = True, also: tuple[Any, ...] = ()
+    ) -> None:
         self._model, self._optimizer, self._device = model, optimizer, device
-        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
-        self._parameters: set[Tensor] = set()
         self._known_state: set[Tensor] = set(optimizer.state) if optimizer is not None else set()
+        self._moved: dict[int, Tensor] = {}
+        _refuse_lazy(model)
+        self._kept = Keeper({id(tensor) for _, _, tensor in self._elsewhere()}, copies=copies)
+        self._flags: list[Callable[[], object]] = []
         try:
-            for module in model.modules():
-                self._take_module(module)
-            if optimizer is not None:
-                self._take_optimizer(optimizer)
+            self._flags = flags_undo()
+            self._kept.take(model, optimizer, *also)
+            self._drop_gradients()
+            with torch.no_grad():
+                self._move()
         except BaseException:
             self.restore()
             raise
 
     def drop_created(self) -> None:
         """Drop what a trial added: gradients, and optimizer state that was not there before."""
-        for parameter in self._model.parameters():
-            parameter.grad = None
+        self._drop_gradients()
         self._drop_optimizer_state()
 
     def restore(self) -> None:
-        """Put everything back as it was; a second call does nothing."""
-        self._drop_optimizer_state()
-        while self._undo:
-            self._undo.pop()()
-        with torch.no_grad():
-            for tensor, copy in self._copies.values():
-                tensor.copy_(copy)
-        self._copies.clear()
+        """Put everything back as it was, also when Ctrl-C comes meanwhile; a second call does nothing."""
+        with _uninterrupted():
+            self._drop_optimizer_state()
+            try:
+                self._kept.restore()
+            finally:
+                for undo in self._flags:
+                    undo()
+                self._flags.clear()
+                self._moved.clear()
+
+    def _drop_gradients(self) -> None:
+        for parameter in self._parameters():
+            parameter.grad = None
+
+    def _parameters(self) -> Iterator[Tensor]:
+        yield from self._model.parameters()
+        for group in self._optimizer.param_groups if self._optimizer is not None else ():
+            yield from group["params"]
 
     def _drop_optimizer_state(self) -> None:
         if self._optimizer is not None:
             for parameter in [p for p in self._optimizer.state if p not in self._known_state]:
                 del self._optimizer.state[parameter]
 
-    def _take_module(self, module: nn.Module) -> None:
-        tables: list[dict[str, Any]] = [vars(module), module._modules, module._parameters, module._buffers]
-        for table in tables:
-            self._undo.append(_table_undo(table))
-            for key, tensor in list(table.items()):
-                if isinstance(tensor, nn.Parameter):
-                    self._take_parameter(tensor, key)
-                elif isinstance(tensor, Tensor):
-                    table[key] = self._take(tensor)
+    def _move(self) -> None:
+        """Give the trials copies on the device of the tensors that are elsewhere."""
+        for container, key, tensor in self._elsewhere():
+            if id(tensor) not in self._moved:
+                self._moved[id(tensor)] = tensor.data.to(self._device)
+            moved = self._moved[id(tensor)]
+            if container is None:
+                tensor.data = moved
+            else:
+                container[key] = moved
 
-    def _take_parameter(self, parameter: nn.Parameter, name: str) -> None:
-        if is_lazy(parameter):
+    def _elsewhere(self) -> Iterator[tuple[Any, Any, Tensor]]:
+        """Yield (container, key, tensor) of the tensors that the trials want on the device; a parameter has no container."""
+        for container, key, tensor in [*self._places(), *self._state_places()]:
+            if tensor.device != self._device:
+                yield container, key, tensor
+
+    def _places(self) -> Iterator[tuple[Any, Any, Tensor]]:
+        for parameter in dict.fromkeys(self._parameters()):
+            yield None, None, parameter
+        for module in self._model.modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                yield from ((None, None, buffer) for buffer in module.buffers(recurse=False))
+                continue
+            for table in (vars(module), module._buffers):
+                for key, value in table.items():
+                    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                        yield table, key, value
+
+    def _state_places(self) -> Iterator[tuple[Any, Any, Tensor]]:
+        todo: list[Any] = [dict(self._optimizer.state)] if self._optimizer is not None else []
+        while todo:
+            held = todo.pop()
+            for key, value in held.items() if isinstance(held, dict) else enumerate(held):
+                # The step count is kept on the host by default, wherever the parameter is.
+                if isinstance(value, Tensor) and key != "step":
+                    yield held, key, value
+                elif isinstance(value, (dict, list)):
+                    todo.append(value)
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
             raise InvalidRequest(
-                f"The model's parameter {name!r} is not initialised yet (a lazy module). Run the model once on a sample, then call again."
+                f"The model's {kind} {name!r} is not initialised yet (a lazy module). Run the model once on a sample, then call again."
             )
-        if parameter in self._parameters:
-            return
-        self._parameters.add(parameter)
-        data, gradient, wanted = parameter.data, parameter.grad, parameter.requires_grad
 
-        def undo() -> None:
-            parameter.data = data
-            parameter.grad = gradient
-            parameter.requires_grad_(wanted)
 
-        self._undo.append(undo)
-        parameter.grad = None
-        parameter.data = self._take(data)
-
-    def _take_optimizer(self, optimizer: Optimizer) -> None:
-        for state in optimizer.state.values():
-            self._undo.append(_table_undo(state))
-            for key, value in list(state.items()):
-                if isinstance(value, Tensor):
-                    # The step count is kept on the host by default, wherever the parameter is.
-                    state[key] = self._take(value, move=key != "step")
-        self._undo.append(_table_undo(optimizer.defaults))
-        for group in optimizer.param_groups:
-            self._undo.append(_table_undo(group))
-            for key, value in list(group.items()):
-                if isinstance(value, Tensor):
-                    group[key] = self._take(value, move=False)
-
-    def _take(self, tensor: Tensor, move: bool = True) -> Tensor:
-        """Keep ``tensor``'s bytes and return the tensor that the trials may write to."""
-        if move and tensor.device != self._device:
-            return tensor.to(self._device)
-        if self._keep_copies and id(tensor) not in self._copies:
-            self._copies[id(tensor)] = (tensor.detach(), _host_copy(tensor))
-        return tensor
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let a Ctrl-C wait until the end."""
+    usual = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(usual):
+        yield
+        return
+    came: list[tuple[int, Any]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        if came:
+            usual(*came[0])
 
 
 def resident_bytes(model: nn.Module, optimizer: Optimizer | None) -> int:
@@ -131,36 +174,3 @@ def _tensors(model: nn.Module, optimizer: Optimizer | None) -> Iterator[Tensor]:
     if optimizer is not None:
         for state in optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
-
-
-def _host_copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
-
-
-def _table_undo(table: dict[Any, Any]) -> Callable[[], None]:
-    """Return a function that gives ``table`` the entries it has now."""
-    entries = dict(table)
-
-    def undo() -> None:
-        table.clear()
-        table.update(entries)
-
-    return undo
-
-
-@contextlib.contextmanager
-def keep_random_state() -> Iterator[None]:
-    """Put the random states of Python, NumPy (when loaded), torch and every CUDA device back at the end, whatever happened."""
-    python, cpu = random.getstate(), torch.get_rng_state()
-    numpy = sys.modules.get("numpy")
-    array = numpy.random.get_state() if numpy is not None else None
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        torch.set_rng_state(cpu)
-        if numpy is not None:
-            numpy.random.set_state(array)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import runpy
+import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +15,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from autobatch import Outcome, Probe, build_workload
-from autobatch.core.units import MIB
+from autobatch import Outcome, Probe, WorkloadFailed, build_workload, find
+from autobatch.core.units import GIB, MIB
 from autobatch.devices.cpu import CpuDevice
+from autobatch.devices.cuda import CudaDevice
+from autobatch.devices.nvml import Nvml
 from autobatch.probe.inline import InlineProber
 
 ROW = 2 * MIB  # bytes of one row of the model below that live until the backward pass
@@ -156,7 +162,8 @@ def test_memory_that_a_step_keeps_is_reported_as_left_behind() -> None:
     (notes,) = notes_of(step, 1)
     assert len(notes) == 1
     assert notes[0].startswith("a trial left 19")
-    assert notes[0].endswith("MiB behind that could not be freed")
+    assert "MiB behind that could not be freed, on top of" in notes[0]
+    assert notes[0].endswith("keep loss.item() or tensor.detach().cpu() instead")
 
 
 def test_eval_mode_runs_forward_passes_alone() -> None:
@@ -197,3 +204,195 @@ def test_losses_of_the_field_run() -> None:
         assert prober.setting.optimizer_name == "RMSprop"
     finally:
         prober.close()
+
+
+# Before torch 2.8 the same errors were plain RuntimeErrors.
+ACCELERATOR_ERROR: type[RuntimeError] = getattr(torch, "AcceleratorError", RuntimeError)
+ILLEGAL = "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be asynchronously reported"
+
+
+def breaking_above(limit: int, message: str = ILLEGAL) -> Any:
+    """Return a step that fails above ``limit`` rows as a kernel does whose indices overflow."""
+
+    def step(net: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        if len(batch) > limit:
+            raise getattr(torch, "AcceleratorError", RuntimeError)(message)
+        return net(batch).sum()
+
+    return step
+
+
+@pytest.mark.parametrize("message", [ILLEGAL, "CUDA error: device-side assert triggered", "CUDA error: unspecified launch failure"])
+def test_an_error_that_breaks_the_device_stops_probing_in_this_process(message: str) -> None:
+    model = nn.Linear(4, 4)
+    weights = model.weight.detach().clone()
+    prober = probers(model, 256 * MIB, step=breaking_above(6, message), sample=torch.ones(1, 4), optimizer=torch.optim.AdamW)
+    try:
+        assert [prober.probe(size).outcome for size in (2, 6, 4)] == [Outcome.FIT] * 3
+        with pytest.raises(WorkloadFailed) as caught:
+            prober.probe(7)
+        text = str(caught.value)
+        assert f"batch size 7 left this process unable to use cpu: {message.splitlines()[0]}." in text
+        assert "Batch size 6 was the largest that fitted before it." in text
+        assert "find(…, isolate=True), which survives this" in text
+        assert (caught.value.batch_size, type(caught.value.__cause__)) == (7, ACCELERATOR_ERROR)
+        with pytest.raises(WorkloadFailed, match="Batch size 2 was not tried: an earlier trial has left this process unable to use cpu"):
+            prober.probe(2)
+        assert prober.worn
+    finally:
+        prober.close()
+    assert torch.equal(model.weight, weights)
+
+
+def test_a_device_that_breaks_at_the_first_size_says_that_none_had_fitted() -> None:
+    prober = probers(nn.Linear(4, 4), 256 * MIB, step=breaking_above(0), sample=torch.ones(1, 4))
+    try:
+        with pytest.raises(WorkloadFailed, match="No batch size had fitted before it"):
+            prober.probe(1)
+    finally:
+        prober.close()
+
+
+def test_find_in_this_process_ends_with_what_was_known() -> None:
+    model = nn.Linear(4, 4)
+    with pytest.raises(WorkloadFailed, match=r"left this process unable to use cpu.*Batch size \d+ was the largest that fitted"):
+        find(model, torch.ones(1, 4), step=breaking_above(6), device="cpu", isolate=False, memory_budget=64 * MIB, max_batch_size=64)
+
+
+def test_in_a_worker_the_size_is_a_wall_of_its_own_kind_and_the_search_goes_on() -> None:
+    model = nn.Linear(4, 4)
+    plan = find(model, torch.ones(1, 4), step=breaking_above(6), device="cpu", isolate=True, memory_budget=64 * MIB, max_batch_size=64)
+    assert plan.batch_size == 6
+    crashed = [probe for probe in plan.probes if probe.outcome is Outcome.CRASHED]
+    assert min(probe.batch_size for probe in crashed) == 7
+    assert {probe.outcome for probe in plan.probes} == {Outcome.FIT, Outcome.CRASHED}
+    assert crashed[0].message.startswith("CUDA error: an illegal memory access was encountered (the worker could not use cpu any more")
+
+
+def test_one_row_that_breaks_the_device_in_a_worker_is_the_users_error() -> None:
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        find(nn.Linear(4, 4), torch.ones(1, 4), step=breaking_above(0), device="cpu", isolate=True, memory_budget=64 * MIB)
+
+
+def test_nothing_of_a_failed_trial_stays_alive() -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def inner(batch: torch.Tensor) -> None:
+        activations = torch.ones(len(batch), 4)
+        held.append(weakref.ref(activations))
+        raise RuntimeError("CUDA error: out of memory")
+
+    def step(net: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        output = net(batch)
+        held.append(weakref.ref(output))
+        try:
+            inner(batch)
+        except RuntimeError as error:
+            kept = error  # a cycle: the frame holds the error, the error holds the frame
+            raise ValueError("the layer failed") from kept
+        return output
+
+    prober = probers(nn.Linear(4, 4), 64 * MIB, step=step, sample=torch.ones(1, 4))
+    gc.collect()
+    gc.disable()
+    try:
+        assert prober.probe(3).outcome is Outcome.OOM
+        assert [ref() for ref in held] == [None, None]
+    finally:
+        gc.enable()
+        prober.close()
+
+
+CARD = runpy.run_path(str(Path(__file__).parents[1] / "devices" / "test_cuda.py"))
+
+
+class OnCard:
+    """A prober on the card played in Python; tensors are on the CPU, the step says what they would take of the card."""
+
+    def __init__(self, step: Any) -> None:
+        self.card = CARD["Card"]()
+        device = CudaDevice(0, cuda=self.card, nvml=Nvml(CARD["Driver"]([])))
+        device.name = "cpu"
+        self.calls = 0
+
+        def counted(net: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            step(self, len(batch))
+            return net(batch).sum()
+
+        self.prober = InlineProber(
+            build_workload(nn.Linear(4, 4), torch.ones(1, 4), step=counted), device, memory_budget=8 * GIB, margin=0.0
+        )
+
+
+def a_gib_a_row(on: OnCard, rows: int) -> None:
+    on.card.allocate(rows * GIB)
+    on.card.free(rows * GIB)
+
+
+def test_memory_that_comes_back_late_is_waited_for_once() -> None:
+    def step(on: OnCard, rows: int) -> None:
+        if on.calls == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+        a_gib_a_row(on, rows)
+
+    on = OnCard(step)
+    probe = on.prober.probe(4)
+    on.prober.close()
+    assert (probe.outcome, probe.steps, on.calls) == (Outcome.FIT, 3, 4)
+    assert "ran out of memory at its first try and not at its second" in probe.notes[0]
+    assert probe.peak_allocated == 4 * GIB
+
+
+def test_a_size_that_fails_twice_does_not_fit() -> None:
+    on = OnCard(a_gib_a_row)
+    probe = on.prober.probe(9)
+    on.prober.close()
+    assert (probe.outcome, probe.steps, on.calls, probe.notes) == (Outcome.OOM, 0, 2, ())
+    assert "CUDA out of memory" in probe.message
+    assert on.card.fraction == 1.0
+
+
+def test_an_answer_must_run_at_the_first_try() -> None:
+    on = OnCard(a_gib_a_row)
+    probe = on.prober.probe(9, confirm=True)
+    on.prober.close()
+    assert (probe.outcome, on.calls) == (Outcome.OOM, 1)
+
+
+@pytest.mark.parametrize(("retries", "times"), [(1, "once"), (3, "3 times")])
+def test_a_step_that_only_ran_after_the_cache_was_given_back_is_tight(retries: int, times: str) -> None:
+    def step(on: OnCard, rows: int) -> None:
+        on.card.retries += retries if on.calls == 2 else 0
+
+    on = OnCard(step)
+    probe = on.prober.probe(4)
+    assert (probe.outcome, probe.steps, probe.allocation_retries) == (Outcome.TIGHT, 3, retries)
+    assert probe.message == f"the allocator ran out and gave its cache back {times}"
+    assert on.prober.probe(4).outcome is Outcome.FIT  # what an earlier trial needed does not count
+    on.prober.close()
+
+
+def test_a_limit_of_a_kernel_is_not_tried_twice() -> None:
+    def step(on: OnCard, rows: int) -> None:
+        raise RuntimeError("input tensor must fit into 32-bit index math")
+
+    on = OnCard(step)
+    assert on.prober.probe(4).outcome is Outcome.KERNEL_LIMIT
+    on.prober.close()
+    assert on.calls == 1
+
+
+@pytest.mark.parametrize("kept", [15, 17])
+def test_a_leak_is_told_by_its_bytes_also_where_the_trial_failed(kept: int) -> None:
+    def step(on: OnCard, rows: int) -> None:
+        on.card.allocate(kept * MIB // 2)  # each try leaves half of it
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+
+    on = OnCard(step)
+    probe = on.prober.probe(4)
+    on.prober.close()
+    assert on.prober.worn is (kept > 16)
+    assert (
+        probe.notes == () if kept < 16 else probe.notes[0].startswith("a trial left 17.0 MiB behind that could not be freed, on top of 0")
+    )

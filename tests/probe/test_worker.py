@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +59,6 @@ def ends(): sys.exit(7)
 def target(tmp_path: Path) -> str:
     (tmp_path / "targets.py").write_text(TARGETS)
     return str(tmp_path / "targets.py")
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_over() -> Iterator[None]:
-    descriptors = len(os.listdir("/proc/self/fd"))
-    yield
-    assert [child.cmdline() for child in psutil.Process().children(recursive=True)] == []
-    assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
 def workers() -> list[int]:

@@ -7,34 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from busy import Busy, train
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from autobatch import InvalidRequest
 from autobatch.workload.state import Snapshot, keep_random_state, resident_bytes
 
 CPU = torch.device("cpu")
-
-
-class Busy(nn.Module):
-    """A model with every kind of state that a step can change."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))
-        self.norm = nn.BatchNorm1d(6)
-        self.second = nn.Linear(6, 6)
-        self.second.weight = self.norm_tied = nn.Parameter(torch.randn(6, 6))
-        self.frozen = nn.Linear(6, 6).requires_grad_(False)
-        self.register_buffer("mean", torch.zeros(6))
-        self.plain = torch.zeros(6)
-        self.calls = 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        self.seen = x.detach()
-        self.plain += 1
-        self.mean = self.mean * 0.9 + x.mean(0).detach() * 0.1  # replaced, not changed in place
-        return self.second(torch.dropout(self.norm(self.first(self.frozen(x))), 0.5, True))
 
 
 def picture(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -50,13 +30,6 @@ def picture(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any
         "optimizer": repr(optimizer.state_dict()),
         "state": {id(p): {k: id(v) for k, v in state.items() if isinstance(v, torch.Tensor)} for p, state in optimizer.state.items()},
     }
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 2) -> None:
-    for _ in range(steps):
-        model.zero_grad()
-        model(torch.randn(4, 6)).square().mean().backward()
-        optimizer.step()
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, lambda p: torch.optim.SGD(p, momentum=0.9)])
@@ -120,7 +93,7 @@ def test_buffers_elsewhere_are_moved_for_the_trials_and_back() -> None:
 def test_lazy_parameters_are_refused_and_nothing_is_changed() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2))
     model[0].weight.grad = gradient = torch.ones(2, 2)
-    with pytest.raises(InvalidRequest, match="'weight' is not initialised yet"):
+    with pytest.raises(InvalidRequest, match="'1.weight' is not initialised yet"):
         Snapshot(model, None, CPU)
     assert model[0].weight.grad is gradient
 
@@ -146,3 +119,38 @@ def test_resident_bytes_count_shared_storage_once() -> None:
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
     assert resident_bytes(model, optimizer) == 64 * 4 + 4  # weight, gradient, two moments and the step count
+
+
+def test_memory_that_was_given_up_is_taken_again() -> None:
+    model = nn.Module()
+    model.plain = torch.arange(6.0)
+    snapshot = Snapshot(model, None, CPU)
+    model.plain.untyped_storage().resize_(0)
+    model.plain.resize_(0)
+    snapshot.restore()
+    assert model.plain.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_hooks_of_a_trial_do_not_run_afterwards() -> None:
+    model, calls = nn.Linear(2, 2), []
+    model.bias.register_hook(lambda gradient: calls.append("kept"))
+    snapshot = Snapshot(model, None, CPU)
+    for parameter in model.parameters():
+        parameter.register_hook(lambda gradient: calls.append("trial"))
+        parameter.register_post_accumulate_grad_hook(lambda parameter: calls.append("trial"))
+    snapshot.restore()
+    model(torch.ones(1, 2)).sum().backward()
+    assert calls == ["kept"]
+
+
+def test_a_tensor_made_of_tensors_comes_back() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    two = nn.Parameter(TwoTensor(torch.ones(2), torch.ones(2)))
+    model.register_parameter("two", two)
+    snapshot = Snapshot(model, None, CPU)
+    two.data.add_(1)
+    model(torch.randn(4, 2)).sum().backward()
+    snapshot.restore()
+    assert model.two is two
+    assert (two.a.tolist(), two.b.tolist()) == ([1, 1], [1, 1])
+    assert (int(model[1].num_batches_tracked), model[1].running_mean.tolist()) == (0, [0, 0])
