@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from autobatch.core.errors import InvalidRequest
+from autobatch.core.for_training import ForTraining
 from autobatch.core.learning_rate import GroupRates, group_rates
 from autobatch.core.options import PlanRequest
 from autobatch.core.plan_notes import plan_notes
@@ -57,7 +58,7 @@ def micro_batch(global_batch_size: int, world_size: int, largest: int, multiple_
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BatchPlan:
+class BatchPlan(ForTraining):
     """The batch size that provably fits and what it means for training. Bytes are ints, times are seconds, unknown is ``None``.
 
     Attributes:
