@@ -7,18 +7,21 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from autobatch.core.errors import NoBatchSizeFits, WorkloadFailed
+from autobatch.core.errors import DeviceUnavailable, NoBatchSizeFits, WorkloadFailed
 from autobatch.core.memory_model import MemoryModel, through_points
 from autobatch.core.options import PlanRequest, SearchOptions
 from autobatch.core.plan import BatchPlan, make_plan, micro_batch
 from autobatch.core.records import Outcome, Probe, Setting, Trying
 from autobatch.core.search import Ending, Search
+from autobatch.core.spilling import spilled
 from autobatch.core.units import format_bytes
 
 Progress = Callable[[Setting | Trying | Probe], None]
 
 # A size is worth less memory when it is this close to the fastest one measured.
 _FAST_ENOUGH = 0.97
+# What a wall says of the limit; any other is memory.
+_LIMITS = {Outcome.KERNEL_LIMIT: "kernel_limit", Outcome.CRASHED: "crash"}
 # How torch's batch normalisation says that one value per channel has no variance.
 _ONE_ROW = "Expected more than 1 value per channel when training"
 
@@ -58,6 +61,7 @@ class Run:
         self._deadline = None if options.time_limit is None else time.monotonic() + options.time_limit
         self._walls: dict[int, Probe] = {}
         self._notes: list[str] = []
+        self._narrowed = False
         self.probes: list[Probe] = []
 
     def plan(self) -> BatchPlan:
@@ -71,9 +75,33 @@ class Run:
             self._explore()
             chosen = self._chosen()
             probe = self._probe(chosen, steps=max(5, 2 * self._options.steps), confirm=True)
+            narrowed = self._take_in_a_neighbour()
             if probe.outcome.fits:
                 return self._finish(chosen)
-            self._search.reject(chosen)
+            self._reject(chosen, probe, narrowed)
+
+    def _take_in_a_neighbour(self) -> bool:
+        """Return whether the prober has found less memory than before, and go by that from now on."""
+        narrowed = self._prober.setting.cap < self._setting.cap
+        self._setting = self._prober.setting
+        return narrowed
+
+    def _reject(self, chosen: int, probe: Probe, narrowed: bool) -> None:
+        """Search on below a size that has failed its confirmation.
+
+        Raises:
+            DeviceUnavailable: memory went to a neighbour twice.
+        """
+        if narrowed and self._narrowed:
+            raise DeviceUnavailable(_neighbours(self._setting, chosen))
+        self._narrowed = self._narrowed or narrowed
+        self._search.reject(chosen)
+        for known in self.probes:
+            if (known.peak_allocated or 0) > self._setting.cap and known.batch_size <= (self._search.best or 0):
+                self._search.reject(known.batch_size)
+        if not narrowed:
+            reason = probe.message or "no reason was given"
+            self._notes.append(f"batch size {chosen} fitted once and failed the longer trial that was to confirm it: {reason}")
 
     def _explore(self) -> None:
         """Probe until the search has ended or the time is up."""
@@ -103,6 +131,8 @@ class Run:
     def _probe(self, size: int, *, steps: int, confirm: bool = False) -> Probe:
         self._progress(Trying(batch_size=size, confirmation=confirm, best=self._search.best, wall=self._search.wall))
         probe = self._prober.probe(size, steps=steps, confirm=confirm)
+        if self._setting.spills:
+            probe = spilled(probe, self.probes)
         self.probes.append(probe)
         if not probe.outcome.fits:
             self._walls[size] = probe
@@ -166,7 +196,7 @@ class Run:
                 return "dataset"
             return "max_batch_size"
         wall = self._walls.get(self._search.wall or 0)
-        return "kernel_limit" if wall is not None and wall.outcome is Outcome.KERNEL_LIMIT else "memory"
+        return _LIMITS.get(wall.outcome, "memory") if wall is not None else "memory"
 
     def _nothing_fits(self) -> NoBatchSizeFits:
         size, setting = self._space.first, self._setting
@@ -192,3 +222,15 @@ def _who_holds_the_rest(setting: Setting) -> str:
         return f"{amount} could be had."
     holders = ", ".join(f"{other.name or 'a process'} (pid {other.pid}) {format_bytes(other.used or 0)}" for other in reading.others)
     return f"More than {amount} cannot be had now" + (f": others hold the rest, {holders}." if holders else ".")
+
+
+def _neighbours(setting: Setting, batch_size: int) -> str:
+    left = format_bytes(setting.reading.obtainable)
+    holders = ", ".join(
+        f"{other.name or 'a process'} (pid {other.pid}) {format_bytes(other.used or 0)}" for other in setting.reading.others
+    )
+    return (
+        f"Memory on {setting.device} went to others twice during the search: batch size {batch_size} fitted, and at its confirmation only "
+        f"{left} could be had{f'; others hold {holders}' if holders else ''}. Next: try again when they have ended, choose another device, "
+        "or give --memory-budget (memory_budget=) an amount that stays free."
+    )

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from autobatch import BatchPlan, InvalidRequest, NoBatchSizeFits, Probe, Setting, Trying
+from autobatch import BatchPlan, DeviceUnavailable, InvalidRequest, NoBatchSizeFits, Probe, Setting, Trying
 from autobatch.core.options import PlanRequest, SearchOptions
 from autobatch.core.units import GIB, MIB
 from autobatch.loop import Run
@@ -55,6 +55,70 @@ def test_a_confirmation_that_does_not_fit_sends_the_search_below() -> None:
     assert plan.batch_size == tried[-1].batch_size == plan.best
     assert plan.wall == plan.batch_size + 1
     assert plan.batch_size in [p.batch_size for p in plan.probes if not p.confirmation and p.outcome.fits]
+
+
+def test_a_size_that_fails_its_confirmation_is_named_in_the_plan() -> None:
+    plan = plan_of({"confirmation": 1.1}, tolerance=0)
+    failed = [p.batch_size for p in plan.probes if p.confirmation and not p.outcome.fits]
+    told = [note for note in plan.notes if "failed the longer trial" in note]
+    assert told == [
+        f"batch size {size} fitted once and failed the longer trial that was to confirm it: the formula says no" for size in failed
+    ]
+
+
+def test_a_size_below_the_wall_that_fails_is_survived() -> None:
+    class Padded(SyntheticProber):
+        """Sizes above 256 that are no multiple of 64 are padded to nothing that fits."""
+
+        def probe(self, batch_size: int, *, steps: int = 3, confirm: bool = False) -> Probe:
+            return super().probe(100_000 if batch_size > 256 and batch_size % 64 else batch_size, steps=steps, confirm=confirm)
+
+    for global_batch in (None, 1000):
+        prober = Padded(SyntheticWorkload(**CARD), readable=False)
+        plan = Run(prober, PlanRequest(global_batch_size=global_batch), SearchOptions()).plan()
+        assert plan.probes[-1].confirmation
+        assert plan.probes[-1].outcome.fits
+        assert plan.batch_size == plan.probes[-1].batch_size
+
+
+def test_a_neighbour_that_takes_what_the_margin_has_costs_nothing() -> None:
+    plan = plan_of({"neighbours": (0,)})
+    assert (plan.budget, plan.batch_size) == (24 * GIB, plan_of().batch_size)
+
+
+def test_a_neighbour_that_comes_during_the_search_is_reckoned_with() -> None:
+    plan = plan_of({"neighbours": (10 * GIB,)}, tolerance=0)
+    largest = SyntheticWorkload(**{**CARD, "capacity": 14 * GIB}).largest_fit()
+    assert (plan.batch_size, plan.budget, plan.cap) == (largest, 14 * GIB, 14 * GIB)
+    assert [p.outcome.fits for p in plan.probes if p.confirmation] == [False, True]
+    assert (
+        "during the search the memory that can be had fell from 24.00 GiB to 14.00 GiB: neighbour (pid 4121) 10.00 GiB came; "
+        "the answer was confirmed within what was left"
+    ) in plan.notes
+
+
+def test_a_neighbour_beside_whom_the_answer_still_fits_is_told() -> None:
+    plan = plan_of({"neighbours": (10 * GIB,)}, max_batch_size=100)
+    assert (plan.batch_size, plan.budget) == (100, 14 * GIB)
+    assert any("fell from 24.00 GiB to 14.00 GiB" in note for note in plan.notes)
+
+
+def test_neighbours_that_come_twice_end_the_search() -> None:
+    message = (
+        r"Memory on synthetic went to others twice during the search: batch size \d+ fitted, and at its confirmation only 9.00 GiB "
+        r"could be had; others hold neighbour \(pid 4121\) 5.00 GiB. Next: try again when they have ended"
+    )
+    with pytest.raises(DeviceUnavailable, match=message):
+        plan_of({"neighbours": (10 * GIB, 5 * GIB)})
+
+
+def test_a_driver_that_spills_is_found_out_by_the_time() -> None:
+    plan = plan_of({"spill": 10.0, "row_seconds": 0.001}, readable=False, tolerance=0)
+    assert plan.batch_size == SyntheticWorkload(**CARD).largest_fit()
+    assert {p.outcome.value for p in plan.probes if not p.outcome.fits} == {"tight"}
+    assert next(p.message for p in plan.probes if not p.outcome.fits) == (
+        "a row took 10.0 times as long as in a smaller batch: the driver has likely moved memory to the host"
+    )
 
 
 def test_nothing_fits_says_what_is_needed_and_what_there_is() -> None:

@@ -81,7 +81,7 @@ class BatchPlan(ForTraining):
         epochs: passes over the data set.
         total_steps: optimizer steps in all epochs.
         limited_by: ``"memory"``, ``"max_batch_size"``, ``"dataset"``, ``"global_batch_size"``, ``"throughput"``,
-            ``"kernel_limit"`` or ``"time_limit"``.
+            ``"kernel_limit"``, ``"crash"`` or ``"time_limit"``.
         best: largest batch size that was run and fitted.
         wall: smallest batch size known not to fit.
         wall_kind: ``"probed"`` when the wall was run, ``"predicted"`` when the memory model gave it.

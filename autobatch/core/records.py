@@ -205,6 +205,7 @@ class Setting:
         notes: what the user should know about how the step was built.
         defaults: plan options (``base_lr``, ``global_batch_size``, …) that the target itself named.
         evidence: ``"measured"``, or ``"simulated"`` for a card that is not here.
+        spills: whether the driver may move what does not fit to host memory instead of failing.
         expected: what a simulation expects a step to need at its highest, as (batch size, bytes), smallest first; empty without one.
     """
 
@@ -226,6 +227,7 @@ class Setting:
     notes: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     evidence: str = "measured"
+    spills: bool = False
     expected: tuple[tuple[int, int], ...] = ()
 
 

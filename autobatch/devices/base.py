@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 from autobatch.core.errors import InvalidRequest
-from autobatch.core.records import MemoryReading, Outcome, Peak
+from autobatch.core.records import MemoryReading, Outcome, Peak, Setting
 from autobatch.core.units import format_bytes, parse_bytes
 
 
@@ -27,12 +28,16 @@ class Device(Protocol):
         description: what it is, ``"NVIDIA H200"``.
         notes: what the reader of an answer should know about how it is measured here.
         capability: CUDA's compute capability, ``None`` for what is no such card.
+        is_host: whether its memory is the host's.
+        spills: whether the driver moves what does not fit to host memory instead of failing, so that only the time tells.
     """
 
     name: str
     description: str
     notes: tuple[str, ...]
     capability: tuple[int, int] | None
+    is_host: bool
+    spills: bool
 
     def session(self) -> AbstractContextManager[None]:
         """Hold what the readings need for as long as the probing lasts."""
@@ -102,6 +107,24 @@ def set_budget(reading: MemoryReading, memory_budget: int | float | str | None, 
             + (f"; others hold the rest ({holders})" if holders else "")
         )
     return budget, math.floor(budget * (1 - margin)), tuple(notes)
+
+
+def narrowed(setting: Setting, now: MemoryReading) -> Setting | None:
+    """Return ``setting`` with the budget that is left ``now``; ``None`` while all that a trial may use can still be had.
+
+    The margin is there for what comes and goes on the device. Only when less is left than a trial may use, the budget is what is left.
+    """
+    if now.obtainable >= setting.cap:
+        return None
+    budget, known = now.obtainable, {other.pid: other.used or 0 for other in setting.reading.others}
+    grown = [(other, (other.used or 0) - known.get(other.pid, 0)) for other in now.others]
+    came = ", ".join(f"{other.name or 'a process'} (pid {other.pid}) {format_bytes(more)}" for other, more in grown if more > 0)
+    note = (
+        f"during the search the memory that can be had fell from {format_bytes(setting.budget)} to {format_bytes(budget)}"
+        f"{f': {came} came' if came else ''}; the answer was confirmed within what was left"
+    )
+    cap = math.floor(budget * (1 - setting.margin))
+    return dataclasses.replace(setting, reading=now, budget=budget, cap=cap, notes=(*setting.notes, note))
 
 
 def _amount(memory_budget: int | float | str, capacity: int) -> int:

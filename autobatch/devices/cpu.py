@@ -17,14 +17,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from autobatch.core.errors import DeviceUnavailable
 from autobatch.core.records import MemoryReading, Outcome, Peak
 from autobatch.core.units import KIB, MIB
 from autobatch.devices import allocator, oom
-from autobatch.devices.cgroup import ControlGroup
 from autobatch.devices.forget import said_by
+from autobatch.devices.host import host_memory
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -73,6 +71,7 @@ class CpuDevice:
     name = "cpu"
     notes: tuple[str, ...] = (_SLOWER_STEPS,)
     capability: tuple[int, int] | None = None
+    is_host, spills = True, False
 
     def __init__(self) -> None:
         if sys.platform != "linux" or not os.access(_CLEAR_REFS, os.W_OK):
@@ -82,7 +81,6 @@ class CpuDevice:
                 "container; for any loop of your own, autobatch.search(run) needs no limit."
             )
         self.description = f"CPU, {os.cpu_count()} cores"
-        self._group = ControlGroup.of_this_process()
         self._limit = 0
         self._ceilings: tuple[int, int] | None = None  # the address-space limits outside the trial, None outside a trial
         self._resets = 0
@@ -102,18 +100,8 @@ class CpuDevice:
             allocator.usual_allocator()
 
     def memory(self) -> MemoryReading:
-        """Return RAM as this process may use it: the machine's, the container's or the shell's limit, whichever is smallest."""
-        machine = psutil.virtual_memory()
-        capacity, free, source, notes = machine.total, machine.available, "psutil", []
-        if self._group is not None and self._group.limit < capacity:
-            capacity, source = self._group.limit, "cgroup"
-            free = min(free, self._group.free())
-            notes.append(f"the container's limit ({self._group.path}) is below the machine's RAM")
-        soft = _address_space_limit()[0]
-        if soft is not None and soft - _Process.read().virtual < free:
-            free = max(0, soft - _Process.read().virtual)
-            notes.append("the shell's limit on address space (ulimit -v) is below the free RAM")
-        return MemoryReading(capacity=capacity, free=free, source=source, notes=tuple(notes))
+        """Return RAM as this process may use it."""
+        return host_memory()
 
     @contextlib.contextmanager
     def cap(self, limit: int, held: int) -> Iterator[None]:
@@ -190,14 +178,6 @@ class CpuDevice:
         import torch
 
         return {"processor": platform.machine(), "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads())}
-
-
-def _address_space_limit() -> tuple[int | None, int | None]:
-    """Return the soft and the hard limit on address space in bytes, ``None`` for unlimited."""
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    return tuple(None if value == resource.RLIM_INFINITY else value for value in (soft, hard))  # type: ignore[return-value]
 
 
 def _generated_code() -> tuple[int, int]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from autobatch.core.errors import DeviceUnavailable
@@ -37,11 +40,13 @@ class CudaDevice:
         self.notes: tuple[str, ...] = ()
         self.description = str(self._properties.name)
         self.capability: tuple[int, int] | None = (self._properties.major, self._properties.minor)
+        self.is_host, self.spills = False, driver_spills(sys.platform, platform.release())
+        self._uuid = slice_of(self._index, os.environ) or str(getattr(self._properties, "uuid", ""))
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
         """Make the card the current one, as a training script would, once no other search is on it."""
-        with card_lock(str(getattr(self._properties, "uuid", self.name)), self.name) as note, self._cuda.device(self._index):
+        with card_lock(self._uuid or self.name, self.name) as note, self._cuda.device(self._index):
             self.notes = (note,) if note else ()
             yield
 
@@ -123,8 +128,21 @@ class CudaDevice:
         return {key: value for key, value in facts.items() if value}
 
     def _card(self) -> CardUse:
-        uuid = getattr(self._properties, "uuid", None)
-        return self._nvml.card(str(uuid)) if uuid is not None else CardUse(notes=("this torch does not tell the card's UUID",))
+        return self._nvml.card(self._uuid) if self._uuid else CardUse(notes=("this torch does not tell the card's UUID",))
+
+
+def slice_of(index: int, environment: Mapping[str, str]) -> str:
+    """Return the MIG slice that CUDA_VISIBLE_DEVICES names as card ``index``; empty where it names none.
+
+    torch may tell a slice's UUID or its card's; the processes on the other slices of the card hold none of this one's memory.
+    """
+    named = [name.strip() for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    return named[index] if index < len(named) and named[index].startswith("MIG-") else ""
+
+
+def driver_spills(system: str, release: str) -> bool:
+    """Whether the driver moves what does not fit to host memory: on Windows, and in Linux under Windows (WSL)."""
+    return system == "win32" or "microsoft" in release.lower()
 
 
 def _checked(index: int | None, cuda: Any) -> int:

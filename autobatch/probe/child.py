@@ -18,6 +18,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
+from autobatch.core.record_json import from_plain
+from autobatch.core.records import Setting
 from autobatch.probe import keeper, wire
 
 if TYPE_CHECKING:
@@ -43,8 +45,9 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> bool:
                     reply: dict[str, Any] = {"setting": prober.setting}
                 else:
                     assert prober is not None
+                    known = prober.setting
                     probe = prober.probe(request["batch_size"], steps=request["steps"], confirm=request["confirm"])
-                    reply = {"probe": probe}
+                    reply = {"probe": probe, "worn": prober.worn, **({} if prober.setting is known else {"setting": prober.setting})}
             except Exception as error:  # noqa: BLE001 whatever the user's code raises is the answer
                 reply = {"error": wire.error_to(error, users_traceback(error))}
             if os.getpid() != served_by:
@@ -83,14 +86,14 @@ def _open(request: Mapping[str, Any], requests: IO[bytes]) -> InlineProber:
 
     device = open_device(options["device"])
     workload, defaults = _workload(request, requests)
-    first = options["cap"] is None
-    expected, note = foresee(workload, device.capability) if first else ((), "")
+    settled = None if options["settled"] is None else from_plain(Setting, options["settled"])
+    expected, note = foresee(workload, device.capability) if settled is None else ((), "")
     return InlineProber(
         workload,
         device,
         memory_budget=options["memory_budget"],
         margin=options["margin"],
-        cap=options["cap"],
+        settled=settled,
         keep_state=False,
         ran_before=options["ran_before"],
         defaults=defaults,
@@ -108,6 +111,8 @@ def _workload(request: Mapping[str, Any], requests: IO[bytes]) -> tuple[Any, dic
 
     from autobatch.workload.workload import build_workload
 
+    # What was imported there by name must be found here: a script's own folder is on the path of the process that runs it alone.
+    sys.path += [folder for folder in request["path"] if folder not in sys.path]
     arguments = cloudpickle.loads(requests.read(request["payload"]))
     return build_workload(**arguments), {}
 

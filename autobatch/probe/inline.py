@@ -13,10 +13,11 @@ import torch
 
 from autobatch._version import __version__
 from autobatch.core.errors import WorkloadFailed
-from autobatch.core.records import Outcome, Probe, Setting
-from autobatch.devices.base import Device, set_budget
+from autobatch.core.records import MemoryReading, Outcome, Probe, Setting
+from autobatch.devices.base import Device, narrowed, set_budget
 from autobatch.devices.forget import first_line
 from autobatch.devices.oom import is_sticky
+from autobatch.probe.host import HostMemory
 from autobatch.probe.measure import LEFT_BEHIND, NOT_FINITE, measure
 from autobatch.workload.state import Snapshot, resident_bytes
 from autobatch.workload.workload import Workload
@@ -30,7 +31,7 @@ class InlineProber:
         device: where it runs.
         memory_budget: bytes, text or fraction; ``None`` for all the device can give.
         margin: fraction of the budget kept free during every trial.
-        cap: bytes a trial may use, when they were settled before (a worker that replaces another).
+        settled: the setting of a worker that this one replaces: one search has one limit.
         ran_before: whether a trial of this workload fitted before, in a worker that this one replaces.
         keep_state: whether the caller needs model, optimizer and random state back afterwards; not so in a worker, which may break.
         defaults: plan options that came with the workload.
@@ -51,7 +52,7 @@ class InlineProber:
         *,
         memory_budget: int | float | str | None = None,
         margin: float = 0.05,
-        cap: int | None = None,
+        settled: Setting | None = None,
         keep_state: bool = True,
         ran_before: bool = False,
         defaults: Mapping[str, Any] | None = None,
@@ -61,14 +62,15 @@ class InlineProber:
         self._workload, self._device, self._first, self._ran = workload, device, True, ran_before
         self._keep_state, self._best, self._broken, self.worn = keep_state, 0, False, False
         with contextlib.ExitStack() as stack:
-            self._snapshot = Snapshot(workload.model, workload.optimizer, torch.device(device.name), copies=keep_state)
+            self._snapshot = Snapshot(workload.model, workload.optimizer, torch.device(device.name), copies=keep_state, also=workload.held)
             stack.callback(self._snapshot.restore)
             stack.enter_context(device.session())
+            self._resident = resident_bytes(workload.model, workload.optimizer)
             gc.collect()  # garbage that is freed during a trial would be missing from its peak
             device.release()
-            setting = self._read_setting(memory_budget, margin, defaults or {})
-            self.setting = dataclasses.replace(setting, expected=expected, notes=(*setting.notes, *notes))
-            self._cap = self.setting.cap if cap is None else cap
+            setting = settled or self._read_setting(memory_budget, margin, defaults or {})
+            self.setting = setting if settled else dataclasses.replace(setting, expected=expected, notes=(*setting.notes, *notes))
+            self._host = HostMemory(workload, device)
             self._stack = stack.pop_all()
 
     def probe(self, batch_size: int, *, steps: int = 3, confirm: bool = False) -> Probe:
@@ -84,13 +86,18 @@ class InlineProber:
                 "new process; find(…, isolate=True) probes in workers, which are replaced.",
                 batch_size=batch_size,
             )
+        if confirm:
+            self._read_again()
+        refused = self._host.refuses(batch_size, self.setting.cap)
+        if refused is not None:
+            return dataclasses.replace(refused, confirmation=confirm)
         try:
             probe = measure(
                 self._workload,
                 self._device,
                 batch_size,
                 steps=steps,
-                cap=self._cap,
+                cap=self.setting.cap - self._host.share(batch_size),
                 drop=self._snapshot.drop_created,
                 ran_before=self._ran,
                 confirmation=confirm,
@@ -101,6 +108,7 @@ class InlineProber:
             _name_size(error, batch_size)
             raise
         self.worn = self.worn or any(note.startswith(LEFT_BEHIND) for note in probe.notes)
+        probe = self._host.counted(probe)
         self._best = max(self._best, batch_size if probe.outcome.fits else 0)
         if not self._first:
             # The trials' own updates drift, so only the first trial says anything about the user's loss.
@@ -133,11 +141,18 @@ class InlineProber:
         message = f"{first_line(error)} (the worker could not use {self._device.name} any more and was replaced)"
         return Probe(batch_size=batch_size, outcome=Outcome.CRASHED, confirmation=confirm, message=message)
 
+    def _read_again(self) -> None:
+        """Narrow budget and cap where a neighbour has come: an answer is confirmed within what can be had then."""
+        self.setting = narrowed(self.setting, self._reading()) or self.setting
+
+    def _reading(self) -> MemoryReading:
+        """Return the device's memory now; what the workload holds is its own to use."""
+        reading = self._device.memory()
+        return dataclasses.replace(reading, held=max(reading.held, self._resident))
+
     def _read_setting(self, memory_budget: int | float | str | None, margin: float, defaults: Mapping[str, Any]) -> Setting:
         workload, device = self._workload, self._device
-        resident = resident_bytes(workload.model, workload.optimizer)
-        reading = device.memory()
-        reading = dataclasses.replace(reading, held=max(reading.held, resident))
+        reading = self._reading()
         budget, cap, notes = set_budget(reading, memory_budget, margin)
         return Setting(
             device=device.name,
@@ -146,7 +161,7 @@ class InlineProber:
             budget=budget,
             cap=cap,
             margin=margin,
-            resident=resident,
+            resident=self._resident,
             mode=workload.mode,
             precision=workload.precision,
             has_optimizer=workload.optimizer is not None,
@@ -157,6 +172,7 @@ class InlineProber:
             environment=environment() | device.environment(),
             notes=(*reading.notes, *notes, *workload.notes, *device.notes),
             defaults=defaults,
+            spills=device.spills,
         )
 
 

@@ -11,7 +11,7 @@ from autobatch.devices import device_type, open_device
 from autobatch.probe.inline import InlineProber
 from autobatch.probe.worker import WorkerProber
 from autobatch.simulate.foresight import foresee
-from autobatch.workload.batches import Sample, dataset_size, take_sample
+from autobatch.workload.batches import Sample, dataset_size, feeding_of, take_sample
 from autobatch.workload.state import keep_random_state
 from autobatch.workload.workload import build_workload
 
@@ -56,7 +56,7 @@ def _shortened(sample: Any, batches_are_made: bool) -> Any:
     """Return the rows of ``sample`` that stand for the rest, so that no data set is sent to a worker."""
     if not batches_are_made:
         return take_sample(sample)
-    return Sample(None, 0, dataset_size(sample))
+    return Sample(None, 0, dataset_size(sample), feeding=feeding_of(sample))
 
 
 def _packed(what: Mapping[str, Any]) -> bytes:

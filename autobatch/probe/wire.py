@@ -1,11 +1,13 @@
 """What travels between a prober and its worker: one JSON document a line, and records in and out of it.
 
 Requests
-    ``{"op": "open", "options": {…}, "target": "train.py:build"}`` or, instead of a target, ``"payload": N`` followed by N pickled bytes
+    ``{"op": "open", "options": {…}, "target": "train.py:build"}`` or, instead of a target, ``"payload": N`` and ``"path": [folders…]``,
+    followed by N pickled bytes
     ``{"op": "probe", "batch_size": 8, "steps": 3, "confirm": false}``
     ``{"op": "retire"}``: make room for a fresh worker
 Replies
-    ``{"setting": {…}}``, ``{"probe": {…}}``, ``{"retired": true}`` or ``{"error": {"kind": …, "message": …, "traceback": …}}``
+    ``{"setting": {…}}``, ``{"probe": {…}, "worn": false}`` (with the ``setting`` where it has changed), ``{"retired": true}`` or
+    ``{"error": {"kind": …, "message": …, "traceback": …}}``
 """
 
 from __future__ import annotations

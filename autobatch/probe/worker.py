@@ -61,8 +61,8 @@ class WorkerProber:
             raise DeviceUnavailable(
                 f"A worker process needs POSIX pipes, which {sys.platform} has not. Probe in this process: find(…, isolate=False)."
             )
-        blank = {"device": None, "memory_budget": None, "margin": 0.05, "cap": None, "ran_before": False}
-        self._source = {"target": target} if target is not None else {"payload": len(payload or b"")}
+        blank = {"device": None, "memory_budget": None, "margin": 0.05, "settled": None, "ran_before": False}
+        self._source = {"target": target} if target is not None else {"payload": len(payload or b""), "path": sys.path}
         self._payload, self._options = payload or b"", {**blank, **options}
         self._timeout = probe_timeout
         self._start = functools.partial(_Worker, stdout, stderr or (lambda text: sys.stderr.write(text)))
@@ -98,10 +98,11 @@ class WorkerProber:
             self.close()
             raise wire.error_from(reply["error"], batch_size)
         probe = from_plain(Probe, reply["probe"])
-        if probe.outcome.fits:
-            self._options["ran_before"] = True
-        else:
-            self._fresh = False
+        if "setting" in reply:
+            self.setting = from_plain(Setting, reply["setting"])
+            self._options["settled"] = self.setting
+        self._options["ran_before"] = self._options["ran_before"] or probe.outcome.fits
+        self._fresh = probe.outcome.fits and not reply.get("worn", False)
         return probe
 
     def close(self) -> None:
@@ -135,8 +136,8 @@ class WorkerProber:
             self.close()
             raise
         self._fresh = True
-        if self._options["cap"] is None:
-            self._options["cap"] = setting.cap
+        if self._options["settled"] is None:
+            self._options["settled"] = setting
         return setting
 
 

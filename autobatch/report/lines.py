@@ -181,6 +181,7 @@ def _limit(plan: BatchPlan) -> str:
     sentences = {
         "memory": f"memory: {_wall(plan)}",
         "kernel_limit": f"kernel limit: {_wall(plan)}",
+        "crash": f"crash: {_wall(plan)}",
         "max_batch_size": f"max_batch_size: {best} fits and nothing larger is permitted",
         "dataset": f"dataset: {best} fits, and a larger batch would be more than the data set has",
         "global_batch_size": f"global_batch_size: {best} fits and is all of a device's share",

@@ -6,8 +6,9 @@ import dataclasses
 import hashlib
 from dataclasses import dataclass
 
-from autobatch.core.records import MemoryReading, Outcome, Peak, Probe, Setting
+from autobatch.core.records import MemoryReading, Outcome, Peak, Probe, ProcessMemory, Setting
 from autobatch.core.units import MIB
+from autobatch.devices.base import narrowed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +26,8 @@ class SyntheticWorkload:
         confirmation: what a confirming trial needs, as a multiple of a plain one: fragmentation, caches, later steps.
         step_seconds: seconds every step takes.
         row_seconds: seconds each row adds to it.
+        spill: how many times as long a row takes beyond the capacity, with a driver that goes on in host memory; 0 for one that fails.
+        neighbours: bytes that others take before the first confirmation, the second, and so on.
     """
 
     capacity: int
@@ -37,6 +40,8 @@ class SyntheticWorkload:
     confirmation: float = 1.0
     step_seconds: float = 0.0
     row_seconds: float = 0.0
+    spill: float = 0.0
+    neighbours: tuple[int, ...] = ()
 
     def peaks(self, batch_size: int) -> tuple[int, int]:
         """Return the bytes at the highest point of forward and backward, and of the optimizer step."""
@@ -76,13 +81,16 @@ class SyntheticProber:
             margin=0.0,
             resident=workload.fixed,
             has_optimizer=workload.optimizer > 0,
+            spills=workload.spill > 0,
         )
+        self._neighbours = list(workload.neighbours)
 
     def probe(self, batch_size: int, *, steps: int = 3, confirm: bool = False) -> Probe:
         """Return what the formula says of ``batch_size`` rows."""
-        work = self._workload
+        work = self._narrowed() if confirm and self._neighbours else self._workload
         trial = dataclasses.replace(work, fixed=int(work.fixed * work.confirmation), per_sample=int(work.per_sample * work.confirmation))
-        if not (trial if confirm else work).fits(batch_size):
+        slower = 1.0 if (trial if confirm else work).fits(batch_size) else work.spill
+        if not slower:
             return Probe(batch_size=batch_size, outcome=Outcome.OOM, confirmation=confirm, message="the formula says no")
         forward_backward, optimizer = self._workload.peaks(batch_size)
         return Probe(
@@ -91,9 +99,18 @@ class SyntheticProber:
             steps=steps,
             forward_backward=Peak(allocated=forward_backward) if self._readable else None,
             optimizer=Peak(allocated=optimizer) if self._readable and self._workload.optimizer > 0 else None,
-            seconds_per_step=work.step_seconds + work.row_seconds * batch_size or None,
+            seconds_per_step=slower * (work.step_seconds + work.row_seconds * batch_size) or None,
             confirmation=confirm,
         )
+
+    def _narrowed(self) -> SyntheticWorkload:
+        """Return the workload with the capacity that others have left."""
+        taken = self._neighbours.pop(0)
+        left, neighbour = self._workload.capacity - taken, ProcessMemory(pid=4121, name="neighbour", used=taken)
+        reading = dataclasses.replace(self.setting.reading, free=left, others=(neighbour,))
+        self.setting = narrowed(self.setting, reading) or self.setting
+        self._workload = dataclasses.replace(self._workload, capacity=self.setting.cap)
+        return self._workload
 
     def close(self) -> None:
         """Do nothing: a formula holds no memory."""

@@ -17,6 +17,32 @@ DATASET_ROWS = 32
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Feeding:
+    """How a data loader keeps batches ready in host memory.
+
+    Attributes:
+        workers: its worker processes, 0 for none.
+        prefetch: batches each of them keeps ready.
+        pinned: whether the next batch is copied to page-locked memory.
+    """
+
+    workers: int = 0
+    prefetch: int = 0
+    pinned: bool = False
+
+    @property
+    def waiting(self) -> int:
+        """Batches in host memory beside the one that is trained on."""
+        return self.workers * self.prefetch + self.pinned
+
+    def __str__(self) -> str:
+        return f"{self.workers} workers × {self.prefetch}{', 1 pinned' if self.pinned else ''}"
+
+
+UNFED = Feeding()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Sample:
     """A batch as the training loop gets it, able to become a batch of any size.
 
@@ -25,12 +51,14 @@ class Sample:
         rows: rows in it.
         dataset_size: rows in the data set it came from, ``None`` when it came alone.
         notes: how it was taken.
+        feeding: how the data loader that it came from keeps batches ready.
     """
 
     value: Any
     rows: int
     dataset_size: int | None = None
     notes: tuple[str, ...] = ()
+    feeding: Feeding = UNFED
 
     def grow(self, batch_size: int) -> Any:
         """Return a fresh batch of ``batch_size`` rows, the sample's rows repeated in order."""
@@ -48,7 +76,7 @@ def take_sample(sample: Any) -> Sample:
     if isinstance(sample, Sample):
         return sample
     if isinstance(sample, DataLoader):
-        return _from_loader(sample)
+        return dataclasses.replace(_from_loader(sample), feeding=feeding_of(sample))
     if isinstance(sample, Dataset):
         return _from_dataset(sample, default_collate, DATASET_ROWS)
     return Sample(sample, _count_rows(sample))
@@ -62,6 +90,20 @@ def dataset_size(sample: Any) -> int | None:
     if not isinstance(dataset, Dataset) or isinstance(dataset, IterableDataset):
         return None
     return len(dataset)  # type: ignore[arg-type]
+
+
+def feeding_of(sample: Any) -> Feeding:
+    """Return how a ``DataLoader`` keeps batches ready; anything else keeps none."""
+    if isinstance(sample, Sample):
+        return sample.feeding
+    if not isinstance(sample, DataLoader):
+        return UNFED
+    return Feeding(sample.num_workers, sample.prefetch_factor or 0, sample.pin_memory)
+
+
+def host_bytes(batch: Any) -> int:
+    """Return the bytes of the tensors of ``batch`` that lie in host memory."""
+    return sum(leaf.nbytes for _, leaf in _leaves(batch, "batch") if leaf.device.type == "cpu")
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autobatch.core.errors import InvalidRequest, WorkloadFailed
-from autobatch.workload.batches import dataset_size, take_sample
+from autobatch.workload.batches import UNFED, Feeding, dataset_size, feeding_of, take_sample
+from autobatch.workload.held import held_by
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 MODES = ("train", "eval")
@@ -30,6 +31,7 @@ class Workload:
         mode: ``"train"`` or ``"eval"`` (forward only, no gradients).
         precision: autocast dtype by name, ``None`` for none.
         dataset_size: rows in the data set, where one was given.
+        feeding: how the data loader keeps batches ready, where one was given.
         notes: what the user should know about how the step was built.
     """
 
@@ -40,12 +42,18 @@ class Workload:
     mode: str = "train"
     precision: str | None = None
     dataset_size: int | None = None
+    feeding: Feeding = UNFED
     notes: tuple[str, ...] = ()
 
     @property
     def group_lrs(self) -> tuple[float, ...]:
         """Learning rate of each of the optimizer's parameter groups."""
         return tuple(float(group["lr"]) for group in self.optimizer.param_groups if "lr" in group) if self.optimizer else ()
+
+    @property
+    def held(self) -> tuple[Any, ...]:
+        """What the step changes beside the model and the optimizer."""
+        return held_by(*self.loss.functions, self.make_batch)
 
     @property
     def has_batch_norm(self) -> bool:
@@ -73,9 +81,9 @@ def build_workload(
     instance = _make_optimizer(model, optimizer, mode)
     common = {"model": model, "loss": Loss(loss_fn, step, mode), "optimizer": instance, "mode": mode, "precision": precision}
     if make_batch is not None:
-        return Workload(make_batch=make_batch, dataset_size=dataset_size(sample), **common)  # type: ignore[arg-type]
+        return Workload(make_batch=make_batch, dataset_size=dataset_size(sample), feeding=feeding_of(sample), **common)  # type: ignore[arg-type]
     taken = take_sample(sample)
-    return Workload(make_batch=taken.grow, dataset_size=taken.dataset_size, notes=taken.notes, **common)  # type: ignore[arg-type]
+    return Workload(make_batch=taken.grow, dataset_size=taken.dataset_size, feeding=taken.feeding, notes=taken.notes, **common)  # type: ignore[arg-type]
 
 
 def _check_choices(model: Any, mode: str, precision: str | None) -> None:
@@ -118,11 +126,13 @@ class Loss:
 
     Attributes:
         stood_in: whether the sum of the outputs had to stand in for a loss.
+        functions: what was given for the loss and for the step.
     """
 
     def __init__(self, loss_fn: Callable[..., Tensor] | None, step: Callable[[nn.Module, Any], Tensor] | None, mode: str) -> None:
         self._loss_fn, self._step, self._train = loss_fn, step, mode == "train"
         self.stood_in = False
+        self.functions = (loss_fn, step)
 
     def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor | None, Any]:
         """Return the scalar loss (``None`` in eval mode) and the model's output, which a loop holds until the next batch.

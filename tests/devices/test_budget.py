@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autobatch import InvalidRequest, MemoryReading
-from autobatch.core.records import ProcessMemory
+from autobatch.core.records import ProcessMemory, Setting
 from autobatch.core.units import GIB, MIB
-from autobatch.devices.base import set_budget
+from autobatch.devices.base import narrowed, set_budget
 from autobatch.devices.cgroup import ControlGroup
 
 READING = MemoryReading(capacity=24 * GIB, free=18 * GIB, held=2 * GIB, others=(ProcessMemory(pid=77, used=4 * GIB),))
@@ -95,3 +95,19 @@ def test_without_a_limit_there_is_no_group(tmp_path: Path) -> None:
     (tmp_path / "cgroup").write_text("0::/\n")
     assert ControlGroup.of_this_process(tmp_path / "cgroup", tmp_path) is None
     assert ControlGroup.of_this_process(tmp_path / "missing", tmp_path) is None
+
+
+@given(free=st.integers(0, 24 * GIB), budget=st.integers(1, 20 * GIB), margin=st.floats(0, 0.9))
+def test_a_budget_is_narrowed_exactly_when_a_trial_could_no_longer_have_its_share(free: int, budget: int, margin: float) -> None:
+    amount, cap, _ = set_budget(READING, float(max(2, budget)), margin)
+    setting = Setting(device="cuda:0", device_description="", reading=READING, budget=amount, cap=cap, margin=margin)
+    now = MemoryReading(capacity=24 * GIB, free=free)
+    after = narrowed(setting, now)
+    if free >= cap:
+        assert after is None
+        return
+    assert after is not None
+    assert (after.budget, after.reading) == (free, now)
+    assert after.cap <= free
+    assert after.cap < cap
+    assert len(after.notes) == 1

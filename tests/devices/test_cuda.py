@@ -2,123 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
+from played_card import Card, Driver
 
 from autobatch import DeviceUnavailable
 from autobatch.core.units import GIB, MIB
 from autobatch.devices.base import set_budget
-from autobatch.devices.cuda import CudaDevice
+from autobatch.devices.cuda import CudaDevice, driver_spills, slice_of
 from autobatch.devices.nvml import Nvml
-
-
-class Card:
-    """What ``torch.cuda`` is to the device: one 24 GiB card of which others hold some."""
-
-    def __init__(self, others: int = 0, count: int = 1) -> None:
-        self.total, self.others, self.count, self.fraction = 24 * GIB, others, count, 1.0
-        self.blocks = self.reserved = self.peak_blocks = self.peak_reserved = self.retries = 0
-
-    def allocate(self, size: int) -> None:
-        if self.blocks + size > self.reserved:
-            if self.blocks + size > self.fraction * self.total:
-                raise RuntimeError(f"CUDA out of memory. Tried to allocate {size} bytes")
-            self.reserved = self.blocks + size
-        self.blocks += size
-        self.peak_blocks, self.peak_reserved = max(self.peak_blocks, self.blocks), max(self.peak_reserved, self.reserved)
-
-    def free(self, size: int) -> None:
-        self.blocks -= size
-
-    def is_available(self) -> bool:
-        return self.count > 0
-
-    def device_count(self) -> int:
-        return self.count
-
-    def current_device(self) -> int:
-        return 0
-
-    def get_device_properties(self, index: int) -> Any:
-        return SimpleNamespace(name="Tiny 24", total_memory=self.total, major=8, minor=6, uuid="1234-abcd")
-
-    def mem_get_info(self, index: int) -> tuple[int, int]:
-        return self.total - self.others - self.reserved, self.total
-
-    def memory_reserved(self, index: int) -> int:
-        return self.reserved
-
-    def memory_allocated(self, index: int) -> int:
-        return self.blocks
-
-    def max_memory_allocated(self, index: int) -> int:
-        return self.peak_blocks
-
-    def max_memory_reserved(self, index: int) -> int:
-        return self.peak_reserved
-
-    def reset_peak_memory_stats(self, index: int) -> None:
-        self.peak_blocks, self.peak_reserved = self.blocks, self.reserved
-
-    def memory_stats(self, index: int) -> dict[str, int]:
-        return {"num_alloc_retries": self.retries}
-
-    def get_per_process_memory_fraction(self, index: int) -> float:
-        return self.fraction
-
-    def set_per_process_memory_fraction(self, fraction: float, index: int) -> None:
-        assert isinstance(fraction, float)
-        assert 0 <= fraction <= 1
-        self.fraction = fraction
-
-    def empty_cache(self) -> None:
-        self.reserved = self.blocks
-
-    def synchronize(self, index: int) -> None:
-        pass
-
-    @contextlib.contextmanager
-    def device(self, index: int) -> Iterator[None]:
-        yield
-
-
-class Driver:
-    """NVML as one driver answers: the processes of one card, or the error it gives instead."""
-
-    class NVMLError(Exception):
-        pass
-
-    def __init__(self, processes: list[tuple[int, int | None]] | None = None, known: bytes = b"GPU-1234-abcd", init: str = "") -> None:
-        self.processes, self.known, self.init, self.open = processes, known, init, 0
-
-    def nvmlInit(self) -> None:
-        if self.init:
-            raise self.NVMLError(self.init)
-        self.open += 1
-
-    def nvmlShutdown(self) -> None:
-        self.open -= 1
-
-    def nvmlDeviceGetHandleByUUID(self, uuid: bytes) -> bytes:
-        if uuid != self.known:
-            raise self.NVMLError("Not Found")
-        return uuid
-
-    def nvmlDeviceGetComputeRunningProcesses(self, handle: bytes) -> list[Any]:
-        if self.processes is None:
-            raise self.NVMLError("Insufficient Permissions")
-        return [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in self.processes]
-
-    def nvmlDeviceGetMemoryInfo(self, handle: bytes) -> Any:
-        return SimpleNamespace(used=5 * GIB)
-
-    def nvmlSystemGetDriverVersion(self) -> str:
-        return "580.1"
 
 
 def device(card: Card, driver: Driver | None = None) -> CudaDevice:
@@ -205,6 +99,44 @@ def test_what_nvml_cannot_tell_becomes_a_note(driver: Driver, note: str) -> None
 def test_a_mig_slice_is_found_by_its_own_uuid() -> None:
     reading = device(Card(), Driver([(1, GIB)], known=b"MIG-1234-abcd")).memory()
     assert [other.pid for other in reading.others] == [1]
+
+
+@pytest.mark.parametrize(
+    ("visible", "index", "found"),
+    [
+        ("MIG-5f6d2c", 0, "MIG-5f6d2c"),
+        ("GPU-aaaa,MIG-GPU-bbbb/3/0", 1, "MIG-GPU-bbbb/3/0"),
+        ("2,3", 1, ""),
+        ("GPU-aaaa", 0, ""),
+        ("MIG-5f6d2c", 1, ""),
+        ("", 0, ""),
+    ],
+)
+def test_a_slice_that_was_made_visible_is_asked_for_by_its_id(visible: str, index: int, found: str) -> None:
+    assert slice_of(index, {"CUDA_VISIBLE_DEVICES": visible}) == found
+    assert slice_of(index, {}) == ""
+
+
+@pytest.mark.parametrize("visible", ["7", "GPU-1234-abcd", "GPU-1234", "MIG-9999-ffff"])
+def test_however_a_card_was_made_visible_its_neighbours_are_found(visible: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    known = visible.encode() if visible.startswith("MIG") else b"GPU-1234-abcd"
+    reading = device(Card(), Driver([(1, GIB)], known=known)).memory()
+    assert [(other.pid, other.used) for other in reading.others] == [(1, GIB)]
+    assert reading.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("system", "release", "spills"),
+    [
+        ("win32", "10", True),
+        ("linux", "5.15.153.1-microsoft-standard-WSL2", True),
+        ("linux", "4.4.0-19041-Microsoft", True),
+        ("linux", "6.8.0-45-generic", False),
+    ],
+)
+def test_only_windows_drivers_spill(system: str, release: str, spills: bool) -> None:
+    assert driver_spills(system, release) is spills
 
 
 def test_the_real_nvml_without_a_driver_is_a_note() -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import gc
 import itertools
-import runpy
 import weakref
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from played_card import Card, Driver
 from torch import nn
 from torch.nn import functional as F
 
@@ -303,15 +302,12 @@ def test_nothing_of_a_failed_trial_stays_alive() -> None:
         prober.close()
 
 
-CARD = runpy.run_path(str(Path(__file__).parents[1] / "devices" / "test_cuda.py"))
-
-
 class OnCard:
     """A prober on the card played in Python; tensors are on the CPU, the step says what they would take of the card."""
 
     def __init__(self, step: Any) -> None:
-        self.card = CARD["Card"]()
-        device = CudaDevice(0, cuda=self.card, nvml=Nvml(CARD["Driver"]([])))
+        self.card = Card()
+        device = CudaDevice(0, cuda=self.card, nvml=Nvml(Driver([])))
         device.name = "cpu"
         self.calls = 0
 
@@ -320,7 +316,7 @@ class OnCard:
             step(self, len(batch))
             return net(batch).sum()
 
-        self.prober = InlineProber(
+        self.prober: InlineProber = InlineProber(
             build_workload(nn.Linear(4, 4), torch.ones(1, 4), step=counted), device, memory_budget=8 * GIB, margin=0.0
         )
 

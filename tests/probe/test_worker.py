@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -50,6 +52,17 @@ def loud():
 def parent():
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
     return options()
+KEPT = []
+def leaks(): return {**options(), "step": lambda net, batch: (KEPT.append(torch.ones(2**21)), net(batch))[1]}
+NEIGHBOUR = "import psutil, time; taken = b'x' * (psutil.virtual_memory().available // 8); print(flush=True); time.sleep(1000)"
+def crowded():
+    def act():
+        if not KEPT:
+            KEPT.append(subprocess.Popen([sys.executable, "-c", NEIGHBOUR], stdout=subprocess.PIPE))
+            KEPT[0].stdout.readline()
+    model = options()
+    return {**model, "step": lambda net, batch: (act() if os.getpid() == WORKER else None, net(batch))[1]}
+WORKER = os.getpid()
 def at_import(): raise OSError("no disk")
 def ends(): sys.exit(7)
 """
@@ -213,3 +226,44 @@ def test_find_isolates_models_that_cannot_be_imported() -> None:
     assert (plan.batch_size, plan.limited_by, plan.device) == (64, "max_batch_size", "cpu")
     assert {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()} == before
     assert optimizer.state == {}
+
+
+def test_a_script_finds_its_neighbours_in_the_worker(tmp_path: Path) -> None:
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "models.py").write_text("import torch\nclass Net(torch.nn.Linear):\n    pass\n")
+    (folder / "train.py").write_text(
+        "import torch, autobatch\nfrom models import Net\n"
+        "plan = autobatch.find(Net(4, 1), torch.ones(1, 4), max_batch_size=2, memory_budget='64MiB', device='cpu')\n"
+        "print(plan.batch_size)\n"
+    )
+    run = subprocess.run([sys.executable, "project/train.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "2\n"), run.stderr
+
+
+def test_a_worker_that_keeps_what_a_trial_left_is_replaced(target: str) -> None:
+    worker = prober(f"{target}:leaks")
+    try:
+        (_, first), told = workers(), worker.probe(2)
+        assert told.outcome is Outcome.FIT
+        assert told.notes[0].startswith("a trial left ")
+        assert worker.probe(2).outcome is Outcome.FIT
+        assert workers()[1] != first
+    finally:
+        worker.close()
+
+
+def test_a_neighbour_that_came_during_the_search_narrows_the_limit_for_good(target: str) -> None:
+    worker = WorkerProber(target=f"{target}:crowded", options={"device": "cpu", "margin": 0.01}, stdout=2, stderr=lambda _: None)
+    try:
+        before = worker.setting
+        assert worker.probe(2).outcome is Outcome.FIT
+        assert worker.setting == before
+        confirmed = worker.probe(2, confirm=True)
+        assert (confirmed.outcome, confirmed.confirmation) == (Outcome.FIT, True)
+        after = worker.setting
+        assert after.cap < 0.95 * before.cap
+        assert after.budget == after.reading.obtainable
+        assert after.notes[-1].startswith("during the search the memory that can be had fell from ")
+    finally:
+        worker.close()
