@@ -397,11 +397,11 @@ def test_a_gradient_scaler_is_the_backward_pass() -> None:
         batch_size=3,
         backward=lambda loss: scaler.scale(loss).backward(),  # type: ignore[no-untyped-call]
     )
-    bias = float(model.bias)
+    bias = model.bias.item()
     run(torch.ones(8, 3))
     scaler.step(optimizer)
     scaler.update()
-    assert float(model.bias) == pytest.approx(bias - 1.0)
+    assert model.bias.item() == pytest.approx(bias - 1.0)
 
 
 @pytest.mark.parametrize(
@@ -430,4 +430,4 @@ def test_a_step_that_cannot_be_guarded_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="run without its context"):
         list(autobatch.resilient(model=model, loss="mean").micro_batches(torch.ones(2, 2)))
     with pytest.raises(autobatch.WorkloadFailed, match="step returned a float; a scalar tensor is wanted"):
-        autobatch.resilient(lambda x: float(model(x).mean()), model=model, loss="mean")(torch.ones(2, 2))  # type: ignore[arg-type, return-value]
+        autobatch.resilient(lambda x: model(x).mean().item(), model=model, loss="mean")(torch.ones(2, 2))  # type: ignore[arg-type, return-value]
