@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from autobatch.estimator import estimate as estimate
     from autobatch.finder import find as find
     from autobatch.finder import search as search
+    from autobatch.training.resilient import resilient as resilient
     from autobatch.workload.workload import Workload as Workload
     from autobatch.workload.workload import build_workload as build_workload
 
@@ -48,6 +49,7 @@ _HOMES = {
     "build_workload": "autobatch.workload.workload",
     "estimate": "autobatch.estimator",
     "find": "autobatch.finder",
+    "resilient": "autobatch.training.resilient",
     "search": "autobatch.finder",
 }
 

@@ -102,7 +102,7 @@ def test_exported_names_are_sorted_documented_and_importable() -> None:
     assert set(autobatch.__all__) == {
         "AutobatchError", "BatchPlan", "DeviceUnavailable", "InvalidRequest", "MemoryReading", "NoBatchSizeFits", "Outcome", "Peak",
         "Probe", "Setting", "Trying", "WorkerFailed", "Workload", "WorkloadFailed", "__version__", "build_workload", "estimate", "find",
-        "search",
+        "resilient", "search",
     }  # fmt: skip
     with pytest.raises(AttributeError, match="no attribute 'fnid'"):
         autobatch.fnid  # noqa: B018

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 import traceback
 from collections.abc import Iterator
 
@@ -43,3 +45,13 @@ def forget(error: BaseException) -> None:
     for one in chain(error):
         traceback.clear_frames(one.__traceback__)
         one.__traceback__ = None
+
+
+def give_back() -> None:
+    """Free what lies in reference cycles and in torch's caches on a card, after ``forget`` and outside any ``except`` block."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.clear_autocast_cache()  # weights that were cast for a step that broke off
+    gc.collect()
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

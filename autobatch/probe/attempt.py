@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
-import sys
 import time
 from collections.abc import Callable
 
 from autobatch.core.records import Outcome, Probe
-from autobatch.devices.forget import first_line, forget
+from autobatch.devices.forget import first_line, forget, give_back
 from autobatch.devices.oom import classify
 
 
@@ -30,12 +28,5 @@ def attempt(run: Callable[[int], object], batch_size: int) -> Probe:
     seconds = time.perf_counter() - started
     if failure is not None:
         forget(failure)  # not in the handler: there the interpreter itself still holds the error and its frames
-        _give_back()
+        give_back()
     return Probe(batch_size=batch_size, outcome=outcome, steps=1, seconds=seconds, message=message)
-
-
-def _give_back() -> None:
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
@@ -79,7 +80,7 @@ def take_sample(sample: Any) -> Sample:
         return dataclasses.replace(_from_loader(sample), feeding=feeding_of(sample))
     if isinstance(sample, Dataset):
         return _from_dataset(sample, default_collate, DATASET_ROWS)
-    return Sample(sample, _count_rows(sample))
+    return Sample(sample, count_rows(sample))
 
 
 def dataset_size(sample: Any) -> int | None:
@@ -116,7 +117,7 @@ def _from_loader(loader: DataLoader[Any]) -> Sample:
         value = next(iter(loader), None)
         if value is None:
             raise InvalidRequest("The sample is a DataLoader that yields nothing. Give one with at least one batch.")
-        return Sample(value, _count_rows(value))
+        return Sample(value, count_rows(value))
     return _from_dataset(loader.dataset, loader.collate_fn, min(loader.batch_size, DATASET_ROWS))
 
 
@@ -130,29 +131,42 @@ def _from_dataset(dataset: Dataset[Any], collate: Callable[[list[Any]], Any], ro
     if not items:
         raise InvalidRequest("The sample is an empty data set. Give one with at least one row.")
     value = collate(items)
-    return Sample(value, _count_rows(value), size, (f"the data set's first {len(items)} rows were repeated to fill each batch",))
+    return Sample(value, count_rows(value), size, (f"the data set's first {len(items)} rows were repeated to fill each batch",))
 
 
-def _count_rows(value: Any) -> int:
-    """Return the length of dimension 0, the same in every tensor of ``value``."""
-    leaves = list(_leaves(value, "sample"))
+def count_rows(value: Any, name: str = "sample", remedy: str = "make_batch=, a function that builds n rows") -> int:
+    """Return the length of dimension 0, the same in every tensor of ``value``; messages call it ``name`` and offer the ``remedy``.
+
+    Raises:
+        InvalidRequest: it holds no tensor or no row, or its tensors differ in the length of dimension 0; the message names the leaf.
+    """
+    leaves = list(_leaves(value, name))
     if not leaves:
         raise InvalidRequest(
-            f"The sample ({type(value).__name__}) holds no tensor, so there are no rows to count. Give a batch as your training loop "
-            "gets it, or make_batch=, a function that builds n rows."
+            f"The {name} ({type(value).__name__}) holds no tensor, so there are no rows to count. Give a batch as your training loop "
+            f"gets it, or {remedy}."
         )
-    name, first = leaves[0]
+    first_name, first = leaves[0]
     for other_name, other in leaves:
         if other.dim() == 0:
-            raise InvalidRequest(f"{other_name} is a scalar tensor and has no rows. Give make_batch=, a function that builds n rows.")
+            raise InvalidRequest(f"{other_name} is a scalar tensor and has no rows. Give {remedy}.")
         if len(other) != len(first):
             raise InvalidRequest(
-                f"{other_name} has {len(other)} rows but {name} has {len(first)}: dimension 0 must count the batch's rows in every "
-                "tensor. Give a sample in which they agree, or make_batch=, a function that builds n rows."
+                f"{other_name} has {len(other)} rows but {first_name} has {len(first)}: dimension 0 must count the batch's rows in every "
+                f"tensor. Give a {name} in which they agree, or {remedy}."
             )
     if len(first) == 0:
-        raise InvalidRequest("The sample is empty: its tensors have 0 rows. Give at least one row.")
+        raise InvalidRequest(f"The {name} is empty: its tensors have 0 rows. Give at least one row.")
     return len(first)
+
+
+def cut(value: Any, rows: int, part: slice) -> Any:
+    """Return rows ``part`` of the batch ``value`` of ``rows`` rows: its tensors as views, and lists of one plain entry a row."""
+
+    def is_column(leaf: Any) -> bool:
+        return type(leaf) in (list, tuple, np.ndarray) and len(leaf) == rows and not any(_leaves(leaf, ""))
+
+    return map_leaves(value, lambda leaf: leaf[part], lambda leaf: isinstance(leaf, Tensor) or is_column(leaf))
 
 
 def _repeat(leaf: Tensor, rows: int, batch_size: int) -> Tensor:
@@ -178,16 +192,21 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Return ``value`` with ``change`` applied to its tensors; containers keep their type, anything else stays as it is."""
-    if isinstance(value, Tensor):
+    return map_leaves(value, change, lambda leaf: isinstance(leaf, Tensor))
+
+
+def map_leaves(value: Any, change: Callable[[Any], Any], is_leaf: Callable[[Any], bool]) -> Any:
+    """Return ``value`` with ``change`` applied to what ``is_leaf``; containers keep their type, anything else stays as it is."""
+    if is_leaf(value):
         return change(value)
     if isinstance(value, Mapping):
-        items = {key: map_tensors(item, change) for key, item in value.items()}
+        items = {key: map_leaves(item, change, is_leaf) for key, item in value.items()}
         return items if type(value) is dict else type(value)(items)  # type: ignore[call-arg]
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(item, change) for item in value))
+        return type(value)(*(map_leaves(item, change, is_leaf) for item in value))
     if isinstance(value, (list, tuple)):
-        return type(value)(map_tensors(item, change) for item in value)
+        return type(value)(map_leaves(item, change, is_leaf) for item in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        changes = {f.name: map_tensors(getattr(value, f.name), change) for f in dataclasses.fields(value) if f.init}
+        changes = {f.name: map_leaves(getattr(value, f.name), change, is_leaf) for f in dataclasses.fields(value) if f.init}
         return dataclasses.replace(value, **changes)
     return value
