@@ -68,7 +68,8 @@ def find(
         min_batch_size, max_batch_size, multiple_of: the batch sizes that may be returned.
         tolerance: relative distance to the true maximum at which the search may stop; 0 for exact.
         steps: training steps a trial runs, 2 or more.
-        time_limit: seconds for the whole search; the best size proven by then is confirmed and returned.
+        time_limit: seconds for the whole search; the best size proven by then is confirmed and returned. A worker is stopped in the
+            middle of a trial, in this process a trial that has begun is finished.
         objective: ``"memory"`` for the largest, ``"throughput"`` for the smallest within 3 % of the best samples per second measured.
         base_lr, base_batch_size: a learning rate and the global batch size it was tuned at; by default the optimizer's own.
         lr_rule: ``"linear"``, ``"sqrt"``, ``"none"``, ``"auto"``, or ``rule(base_lr, global_batch_size, base_batch_size) -> lr``.
@@ -118,7 +119,7 @@ def find(
     from autobatch.probe.opening import open_prober
 
     try:
-        with open_prober(what, where, isolate=isolate, probe_timeout=probe_timeout) as prober:
+        with open_prober(what, where, isolate=isolate, probe_timeout=probe_timeout, time_limit=time_limit) as prober:
             return Run(prober, request, options, progress).plan()
     except WorkloadFailed as failed:
         if failed.original is None:

@@ -114,6 +114,8 @@ class Run:
             except (ValueError, WorkloadFailed) as error:
                 self._start_at_two(size, error)
                 continue
+            if probe.outcome is Outcome.TIMEOUT:
+                break
             self._model.observe(probe)
             self._search.tell(size, probe.outcome.fits)
         if self._search.best is None:

@@ -87,6 +87,7 @@ def _search(target: str, options: dict[str, Any]) -> Any:
                 target=target,
                 options=where,
                 probe_timeout=options["probe_timeout"],
+                time_limit=options["time_limit"],
                 stdout=sys.stderr.fileno(),
                 stderr=display.write,
             )

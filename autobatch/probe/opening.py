@@ -18,7 +18,7 @@ from autobatch.workload.workload import build_workload
 
 @contextlib.contextmanager
 def open_prober(
-    what: Mapping[str, Any], where: Mapping[str, Any], *, isolate: bool | None, probe_timeout: float
+    what: Mapping[str, Any], where: Mapping[str, Any], *, isolate: bool | None, probe_timeout: float, time_limit: float | None
 ) -> Iterator[InlineProber | WorkerProber]:
     """Give a prober for the training step ``what`` on the device ``where``, and put everything back after it.
 
@@ -27,6 +27,7 @@ def open_prober(
         where: ``device``, ``memory_budget`` and ``margin``.
         isolate: whether in a worker; ``None`` for the device's own way, which is a worker on the CPU.
         probe_timeout: seconds one probe may take in a worker.
+        time_limit: seconds for the whole search, which a worker keeps also in the middle of a probe.
 
     Raises:
         AutobatchError: device, budget or workload cannot be had, or the workload cannot be sent to a worker.
@@ -43,7 +44,8 @@ def open_prober(
         else:
             name = None if where["device"] is None else str(where["device"])
             payload = _packed({**what, "sample": sample})
-            prober = WorkerProber(payload=payload, options={**where, "device": name}, probe_timeout=probe_timeout)
+            options = {**where, "device": name}
+            prober = WorkerProber(payload=payload, options=options, probe_timeout=probe_timeout, time_limit=time_limit)
         with contextlib.closing(prober):
             yield prober
 

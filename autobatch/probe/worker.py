@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from autobatch.core.errors import DeviceUnavailable, WorkerFailed
+from autobatch.core.errors import DeviceUnavailable, InvalidRequest, WorkerFailed
 from autobatch.core.record_json import from_plain
 from autobatch.core.records import Outcome, Probe, Setting
 from autobatch.probe import keeper, wire
@@ -40,6 +40,7 @@ class WorkerProber:
         payload: the workload's arguments, pickled by cloudpickle.
         options: ``device``, ``memory_budget``, ``margin``, and what overrides the target.
         probe_timeout: seconds one probe may take before the worker is killed.
+        time_limit: seconds for all probes but the confirming ones; once a size has fitted, a probe is stopped when they are over.
         stdout: where the user's own standard output goes, a file descriptor; ``None`` leaves it where it is.
         stderr: called with each line the worker writes to its standard error.
 
@@ -54,6 +55,7 @@ class WorkerProber:
         payload: bytes | None = None,
         options: Mapping[str, Any],
         probe_timeout: float = PROBE_TIMEOUT,
+        time_limit: float | None = None,
         stdout: int | None = None,
         stderr: Callable[[str], object] | None = None,
     ) -> None:
@@ -61,6 +63,9 @@ class WorkerProber:
             raise DeviceUnavailable(
                 f"A worker process needs POSIX pipes, which {sys.platform} has not. Probe in this process: find(…, isolate=False)."
             )
+        if not probe_timeout > 0:
+            raise InvalidRequest(f"probe_timeout is {probe_timeout!r}; give seconds above zero, for example 600.")
+        self._deadline = None if time_limit is None else time.monotonic() + time_limit
         blank = {"device": None, "memory_budget": None, "margin": 0.05, "settled": None, "ran_before": False}
         self._source = {"target": target} if target is not None else {"payload": len(payload or b""), "path": sys.path}
         self._payload, self._options = payload or b"", {**blank, **options}
@@ -82,14 +87,19 @@ class WorkerProber:
         worker = self._worker
         assert worker is not None
         request = {"op": "probe", "batch_size": batch_size, "steps": steps, "confirm": confirm}
-        kills = _memory_kills()
+        kills, seconds = _memory_kills(), self._timeout
+        if self._deadline is not None and self._options["ran_before"] and not confirm:
+            seconds = min(seconds, max(0.0, self._deadline - time.monotonic()))
         try:
-            reply = worker.ask(request, b"", self._timeout, f"at batch size {batch_size}")
+            reply = worker.ask(request, b"", seconds, f"at batch size {batch_size}")
         except WorkerFailed as error:
             self.close()
             if worker.status == -signal.SIGKILL and _memory_kills() > kills:
                 message = "the kernel killed the worker because the machine's memory ran out"
                 return Probe(batch_size=batch_size, outcome=Outcome.HOST_OOM, confirmation=confirm, message=message)
+            if isinstance(error, _Late) and seconds < self._timeout:
+                message = "stopped when the time limit of the search was over"
+                return Probe(batch_size=batch_size, outcome=Outcome.TIMEOUT, confirmation=confirm, message=message)
             raise error from None
         except BaseException:
             self.close()
@@ -141,6 +151,10 @@ class WorkerProber:
         return setting
 
 
+class _Late(WorkerFailed):
+    """There was no answer in time."""
+
+
 class _Worker:
     """One child process, its two pipes and the tail of its standard error.
 
@@ -177,7 +191,7 @@ class _Worker:
             line = b""
         except TimeoutError:
             self.end()
-            raise WorkerFailed(
+            raise _Late(
                 f"The worker gave no answer within {timeout:.0f} seconds {when} and was stopped. The step may hang (a lock, a data "
                 "loader, a network call) or be that slow: run it once by hand, or allow more with --probe-timeout SECONDS.",
                 stderr_tail=self.tail(),

@@ -18,6 +18,8 @@ from torch import nn
 
 import autobatch
 from autobatch import DeviceUnavailable, InvalidRequest, Outcome, WorkerFailed, WorkloadFailed
+from autobatch.core.options import PlanRequest, SearchOptions
+from autobatch.loop import Run
 from autobatch.probe.worker import WorkerProber
 
 TARGETS = """
@@ -267,3 +269,20 @@ def test_a_neighbour_that_came_during_the_search_narrows_the_limit_for_good(targ
         assert after.notes[-1].startswith("during the search the memory that can be had fell from ")
     finally:
         worker.close()
+
+
+def test_a_time_limit_ends_a_probe_under_way_and_returns_what_was_proven(target: str) -> None:
+    worker = prober(f"{target}:hangs", time_limit=12.0)
+    try:
+        plan = Run(worker, PlanRequest(), SearchOptions(time_limit=12.0)).plan()
+    finally:
+        worker.close()
+    stopped = [probe for probe in plan.probes if probe.outcome is Outcome.TIMEOUT]
+    assert [(probe.message, probe.batch_size >= 4) for probe in stopped] == [("stopped when the time limit of the search was over", True)]
+    assert 1 <= plan.batch_size < 4
+    assert (plan.limited_by, plan.probes[-1].confirmation, plan.probes[-1].outcome) == ("time_limit", True, Outcome.FIT)
+
+
+def test_seconds_for_a_probe_are_above_zero(target: str) -> None:
+    with pytest.raises(InvalidRequest, match="probe_timeout is 0; give seconds above zero"):
+        prober(f"{target}:plain", probe_timeout=0)
