@@ -42,9 +42,12 @@ def launch(stdout: int | None, mark: str) -> tuple[subprocess.Popen[bytes], int,
         theirs.callback(os.close, reply_write)
         ours.callback(os.close, reply_read)
         os.set_blocking(request_write, False)
+        # Opened here: a Popen that runs out of descriptors would leave its own one open.
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        theirs.callback(os.close, nothing)
         process = subprocess.Popen(
             [sys.executable, "-m", "autobatch.probe.child", str(request_read), str(reply_write), str(os.getpid())],
-            stdin=subprocess.DEVNULL,
+            stdin=nothing,
             stdout=stdout,
             stderr=subprocess.PIPE,
             pass_fds=(request_read, reply_write),
