@@ -24,11 +24,12 @@ MAY_IMPORT = {
     "probe": {"core", "devices", "workload", "simulate", "_version"},
     "simulate": {"core", "devices", "workload"},
     "loop": {"core"},
-    "finder": {"core", "probe", "loop"},
+    "cache": {"core", "devices", "workload", "_version"},
+    "finder": {"core", "cache", "probe", "loop"},
     "estimator": {"core", "loop", "simulate", "workload"},
     "examples": {"core", ""},
     "": {"core", "workload", "estimator", "finder", "training", "_version"},
-    "cli": {"core", "devices", "estimator", "probe", "simulate", "loop", "report", "_version"},
+    "cli": {"core", "cache", "devices", "estimator", "probe", "simulate", "loop", "report", "_version"},
     "__main__": {"cli"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
