@@ -21,7 +21,7 @@ from autobatch.core.text import plain
 _NAME = re.compile(r"[0-9a-f]{16}\.json|\.autobatch-.*\.tmp")
 _LARGEST = 16 * 2**20  # bytes; a plan of a thousand probes has a quarter of a million
 # Not everywhere, and 0 where they are not: a link is not followed, a pipe is not waited for.
-_CAREFUL = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+_CAREFUL = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +130,7 @@ def _read(path: Path) -> Kept:
         OSError: it cannot be read, or is a link.
         ValueError: it is not a file of this user's, or holds no plan that can be read.
     """
-    with open(os.open(path, os.O_RDONLY | _CAREFUL), "rb") as stream:
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | _CAREFUL)) as stream:
         status = os.fstat(stream.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("it is no plain file")

@@ -31,7 +31,7 @@ from autobatch.workload.flags import switches
 from autobatch.workload.randomness import keep_random_state
 
 # More than this is data rather than a description; the largest language models of transformers have a tenth.
-_MOST = 300_000
+_MOST = 200_000
 _PLAIN = (type(None), bool, int, float, str)
 _BY_NAME = (
     *(types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType),
