@@ -122,6 +122,6 @@ def test_help_needs_no_torch() -> None:
     script = (
         "import sys; sys.modules['torch'] = None\nfrom autobatch.cli import main\nmain(sys.argv[1:])"  # None makes any import of it fail
     )
-    for command in ([], ["probe"], ["devices"]):
+    for command in ([], ["probe"], ["devices"], ["explain"], ["cache", "list"]):
         run = subprocess.run([sys.executable, "-c", script, *command, "--help"], capture_output=True, text=True, check=True)
         assert run.stdout.startswith("Usage: autobatch")
