@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,7 @@ def find(
     epochs: int | None = None,
     isolate: bool | None = None,
     probe_timeout: float = 600.0,
+    cache: bool | str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> BatchPlan:
     """Return the plan for the largest batch size that provably fits, the model left bit for bit as it was.
@@ -78,6 +80,8 @@ def find(
         isolate: run the trials in a worker process: nothing a trial does can reach this one. By default on the CPU only, where the
             limit on memory would hold for every thread of this process.
         probe_timeout: seconds one probe may take in a worker.
+        cache: ``True`` keeps plans in the user's cache directory, a path in that folder; where model, sample, options, device and versions
+            are the same and the memory can still be had, the plan that is kept is returned and nothing is run. Its last note says so.
         progress: called with the ``Setting``, then a ``Trying`` before and a ``Probe`` after every trial.
 
     Raises:
@@ -118,9 +122,19 @@ def find(
     where = {"device": device, "memory_budget": memory_budget, "margin": margin}
     from autobatch.probe.opening import open_prober
 
-    try:
+    def measure() -> BatchPlan:
         with open_prober(what, where, isolate=isolate, probe_timeout=probe_timeout, time_limit=time_limit) as prober:
             return Run(prober, request, options, progress).plan()
+
+    try:
+        if cache is None or cache is False:
+            return measure()
+        from autobatch.cache.recall import question_of_step, recall
+        from autobatch.cache.store import PlanCache
+
+        rest = {"request": request, "options": options, "isolate": isolate, "probe_timeout": probe_timeout}
+        question, what["sample"] = question_of_step(what, where, rest)
+        return recall(PlanCache(None if cache is True else cache), question, measure)
     except WorkloadFailed as failed:
         if failed.original is None:
             raise

@@ -24,11 +24,12 @@ MAY_IMPORT = {
     "probe": {"core", "devices", "workload", "simulate", "_version"},
     "simulate": {"core", "devices", "workload"},
     "loop": {"core"},
-    "finder": {"core", "probe", "loop"},
+    "cache": {"core", "devices", "workload", "_version"},
+    "finder": {"core", "cache", "probe", "loop"},
     "estimator": {"core", "loop", "simulate", "workload"},
     "examples": {"core", ""},
     "": {"core", "workload", "estimator", "finder", "training", "_version"},
-    "cli": {"core", "devices", "estimator", "probe", "simulate", "loop", "report", "_version"},
+    "cli": {"core", "cache", "devices", "estimator", "probe", "simulate", "loop", "report", "_version"},
     "__main__": {"cli"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -121,6 +122,6 @@ def test_help_needs_no_torch() -> None:
     script = (
         "import sys; sys.modules['torch'] = None\nfrom autobatch.cli import main\nmain(sys.argv[1:])"  # None makes any import of it fail
     )
-    for command in ([], ["probe"], ["devices"]):
+    for command in ([], ["probe"], ["devices"], ["explain"], ["cache", "list"]):
         run = subprocess.run([sys.executable, "-c", script, *command, "--help"], capture_output=True, text=True, check=True)
         assert run.stdout.startswith("Usage: autobatch")

@@ -18,6 +18,7 @@ import pytest
 
 from autobatch import BatchPlan
 from autobatch.cli import group
+from autobatch.cli.cache import cache
 from autobatch.cli.progress import Display
 from autobatch.core.records import Outcome, Probe, Trying
 
@@ -188,16 +189,19 @@ def test_the_options_are_frozen() -> None:
     """An option is a promise to job scripts: adding one is a decision, renaming or dropping one breaks somebody's night."""
     options = {name: sorted(o for p in command.params for o in p.opts) for name, command in group.commands.items()}
     assert options == {
+        "cache": [],
         "devices": ["--json", "--margin", "--memory-budget"],
         "estimate": [
             "--all-gpus", "--base-batch-size", "--base-lr", "--context", "--dataset-size", "--epochs", "--explain", "--global-batch-size",
             "--gpu", "--json", "--lr-rule", "--margin", "--max-batch-size", "--memory-budget", "--min-batch-size", "--mode",
             "--multiple-of", "--optimizer", "--precision", "--tolerance", "target",
         ],
+        "explain": ["file"],
         "probe": [
-            "--base-batch-size", "--base-lr", "--dataset-size", "--device", "--epochs", "--format", "--global-batch-size", "--json",
-            "--lr-rule", "--margin", "--max-batch-size", "--memory-budget", "--min-batch-size", "--mode", "--multiple-of",
+            "--base-batch-size", "--base-lr", "--cache", "--dataset-size", "--device", "--epochs", "--format", "--global-batch-size",
+            "--json", "--lr-rule", "--margin", "--max-batch-size", "--memory-budget", "--min-batch-size", "--mode", "--multiple-of",
             "--objective", "--optimizer", "--precision", "--probe-timeout", "--steps", "--time-limit", "--tolerance", "target",
         ],
     }  # fmt: skip
+    assert {name: command.params for name, command in cache.commands.items()} == {"clear": [], "list": []}
     assert all(p.help for command in group.commands.values() for p in command.params if isinstance(p, click.Option) and not p.show_default)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from typing import NoReturn
@@ -9,11 +10,13 @@ from typing import NoReturn
 import click
 
 from autobatch._version import __version__
+from autobatch.cli.cache import cache
 from autobatch.cli.devices import devices
 from autobatch.cli.estimate import estimate
+from autobatch.cli.explain import explain
 from autobatch.cli.probe import probe
+from autobatch.cli.say import say
 from autobatch.core.errors import AutobatchError, WorkerFailed, WorkloadFailed
-from autobatch.report.lines import plain
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -30,6 +33,8 @@ def group() -> None:
 group.add_command(probe)
 group.add_command(devices)
 group.add_command(estimate)
+group.add_command(explain)
+group.add_command(cache)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -42,7 +47,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except click.exceptions.Abort:
         sys.exit(128 + signal.SIGINT)
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(file=shown)
+        for line in shown.getvalue().splitlines():
+            say(line, err=True)
         sys.exit(error.exit_code)
     sys.exit(code)  # what click was told to exit with, None for a command that ran through
 
@@ -50,12 +58,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def _explain(error: AutobatchError) -> None:
     """Print the error, after the traceback or the last words that belong to it."""
     if isinstance(error, WorkloadFailed) and error.traceback_text:
-        click.echo(error.traceback_text.rstrip(), err=True)
+        for line in error.traceback_text.rstrip().splitlines():
+            say(line, err=True)
         where = "" if error.batch_size is None else f" at batch size {error.batch_size}"
-        click.echo(f"autobatch: the workload failed{where}, for reasons of its own (not memory); its traceback is above.", err=True)
+        say(f"autobatch: the workload failed{where}, for reasons of its own (not memory); its traceback is above.", err=True)
         return
-    click.echo(f"autobatch: {plain(str(error))}", err=True)
+    say(f"autobatch: {error}", err=True)
     if isinstance(error, WorkerFailed) and error.stderr_tail:
-        click.echo("The worker's last words:", err=True)
+        say("The worker's last words:", err=True)
         for line in error.stderr_tail.splitlines():
-            click.echo(f"  {plain(line)}", err=True)
+            say(f"  {line}", err=True)

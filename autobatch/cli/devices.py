@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import click
 
+from autobatch.cli.say import say
 from autobatch.core.errors import DeviceUnavailable
 from autobatch.report.devices import DeviceReport, device_lines
 
@@ -24,7 +25,7 @@ def devices(memory_budget: str | None, margin: float, as_json: bool) -> None:
         return
     for report in reports:
         for line in device_lines(report):
-            click.echo(line)
+            say(line)
 
 
 def _reports(memory_budget: str | None, margin: float) -> Iterator[DeviceReport]:

@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 
+from autobatch.cli.say import say
 from autobatch.core.errors import InvalidRequest, NoBatchSizeFits
 from autobatch.core.plan import BatchPlan
 from autobatch.report.estimates import estimate_lines, explained_lines
-from autobatch.report.lines import plain, plan_lines
+from autobatch.report.lines import plan_lines
 from autobatch.simulate.cards import known_cards
 
 _STEP = ("precision", "mode", "optimizer", "base_lr")
@@ -43,9 +44,9 @@ _STEP = ("precision", "mode", "optimizer", "base_lr")
 def estimate(target: str, gpus: tuple[str, ...], all_gpus: bool, explain: bool, as_json: bool, **options: Any) -> None:
     """Estimate the largest batch size of TARGET's training step on cards that are not here.
 
-    The step is traced on tensors without memory, in processes apart, and replayed in a model of the caching allocator. What it prints is
-    shown once; what it saves is saved. TARGET is as for autobatch probe. The answer is a table with an interval for each card; nothing
-    was run on a card.
+    TARGET is code that you choose to run, as for autobatch probe. Its step is traced on tensors without memory, in processes apart, and
+    replayed in a model of the caching allocator. What it prints is shown once; what it saves is saved. The answer is a table with an
+    interval for each card; nothing was run on a card.
     """
     from autobatch.estimator import estimate_target
 
@@ -53,7 +54,7 @@ def estimate(target: str, gpus: tuple[str, ...], all_gpus: bool, explain: bool, 
     if not names:
         raise InvalidRequest("Which card? Give --gpu rtx4090, --gpu 24GiB or --all-gpus.")
     overrides = {key: options.pop(key) for key in _STEP if key != "base_lr"} | {"base_lr": options["base_lr"]}
-    click.echo(f"tracing {plain(target)}: its step runs on tensors without memory; what it saves is saved", err=True)
+    say(f"tracing {target}: its step runs on tensors without memory; what it saves is saved", err=True)
     answers = estimate_target(target, names, overrides, options, explained=explain)
     if all(isinstance(answer, NoBatchSizeFits) for answer, _ in answers):
         raise answers[0][0]  # type: ignore[misc]
@@ -62,12 +63,12 @@ def estimate(target: str, gpus: tuple[str, ...], all_gpus: bool, explain: bool, 
         return
     if len(answers) == 1:
         for line in plan_lines(answers[0][0]):  # type: ignore[arg-type]
-            click.echo(line, err=True)
+            say(line, err=True)
     for line in estimate_lines([(name, answer) for name, (answer, _) in zip(names, answers, strict=True)]):
-        click.echo(line)
+        say(line)
     for answer, why in answers:
         for line in explained_lines(answer, why) if isinstance(answer, BatchPlan) and why else []:
-            click.echo(line)
+            say(line)
 
 
 def _as_data(name: str, answer: BatchPlan | NoBatchSizeFits, why: dict[str, Any] | None) -> dict[str, Any]:

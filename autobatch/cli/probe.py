@@ -9,7 +9,9 @@ from typing import Any
 import click
 
 from autobatch.cli.progress import Display
+from autobatch.cli.say import say
 from autobatch.core.options import PlanRequest, SearchOptions
+from autobatch.core.plan import BatchPlan
 from autobatch.report.lines import answer_line, args_line, env_lines, plan_lines
 
 _STEP = ("precision", "mode", "optimizer", "base_lr")
@@ -41,6 +43,13 @@ _STEP = ("precision", "mode", "optimizer", "base_lr")
 @click.option("--global-batch-size", type=int, help="Rows one optimizer step should see; gives the accumulation steps.")
 @click.option("--dataset-size", type=int, help="Rows in the data set; by default the target's.")
 @click.option("--epochs", type=int, help="Passes over the data set.")
+@click.option(
+    "--cache/--no-cache",
+    default=False,
+    show_default=True,
+    help="Keep the plan, and show it again while TARGET's files, the options, the device and the versions are the same. Files that it "
+    "only reads (data, settings) and what changes inside installed packages of one version are not noticed.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the whole plan as JSON.")
 @click.option("--format", "form", type=click.Choice(["text", "args", "env"]), default="text", show_default=True)
 def probe(target: str, as_json: bool, form: str, **options: Any) -> None:
@@ -57,20 +66,24 @@ def probe(target: str, as_json: bool, form: str, **options: Any) -> None:
     """
     plan = _search(target, options)
     for line in plan_lines(plan):
-        click.echo(line, err=True)
+        say(line, err=True)
     if as_json:
         click.echo(plan.to_json())
     elif form == "text":
-        click.echo(answer_line(plan))
+        say(answer_line(plan))
     else:
-        click.echo(args_line(plan) if form == "args" else "\n".join(env_lines(plan)))
+        for line in [args_line(plan)] if form == "args" else env_lines(plan):
+            say(line)
 
 
-def _search(target: str, options: dict[str, Any]) -> Any:
+def _search(target: str, options: dict[str, Any]) -> BatchPlan:
     """Return the plan for ``target``, its progress shown while it is found."""
+    from autobatch.cache.recall import question_of_target, recall
+    from autobatch.cache.store import PlanCache
     from autobatch.loop import Run
     from autobatch.probe.worker import WorkerProber
 
+    keep = options.pop("cache")
     search = SearchOptions(**{key: options[key] for key in SearchOptions.__dataclass_fields__})
     request = PlanRequest(**{key: options[key] for key in PlanRequest.__dataclass_fields__ if key in options})
     where = {
@@ -80,8 +93,8 @@ def _search(target: str, options: dict[str, Any]) -> Any:
         **{key: options[key] for key in _STEP},
     }
     with Display(sys.stderr) as display:
-        display.loading(target)
-        try:
+
+        def measure() -> BatchPlan:
             # What the user's code prints must not mix with the answer on standard output.
             prober = WorkerProber(
                 target=target,
@@ -93,6 +106,10 @@ def _search(target: str, options: dict[str, Any]) -> Any:
             )
             with contextlib.closing(prober):
                 return Run(prober, request, search, display).plan()
+
+        display.loading(target)
+        try:
+            return recall(PlanCache(), question_of_target(target, options), measure) if keep else measure()
         except KeyboardInterrupt:
             display.interrupted()
             raise click.exceptions.Exit(130) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TextIO
@@ -11,7 +12,12 @@ from rich.status import Status
 from rich.text import Text
 
 from autobatch.core.records import Probe, Setting, Trying
-from autobatch.report.lines import plain, probe_line, setting_lines
+from autobatch.core.text import plain
+from autobatch.report.lines import probe_line, setting_lines
+
+# Colours of the user's program are shown. What moves the cursor or sets a title would garble the live line, so it is left out.
+_COLOUR = re.compile(r"(\x1b\[[0-9;:]*m)")
+_COMMAND = re.compile(r"\x1b\[(?![0-9;:]*m)[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)")
 
 
 class Display:
@@ -50,7 +56,8 @@ class Display:
 
     def write(self, text: str) -> None:
         """Pass on what the worker wrote to its standard error."""
-        self._console.print(Text(text.rstrip("\n")))
+        for line in text.rstrip("\r\n").split("\n"):
+            self._console.print(Text.from_ansi(_shown(line)))
 
     def interrupted(self) -> None:
         """Say what was known when the user stopped the search."""
@@ -89,3 +96,9 @@ class Display:
     def _bracket(self) -> str:
         best = "nothing fitted yet" if self._best is None else f"{self._best:,} fits"
         return best if self._wall is None else f"{best}, {self._wall:,} does not"
+
+
+def _shown(line: str) -> str:
+    """Return a line as a terminal would show it at last, its colours kept and every other control character escaped."""
+    parts = _COLOUR.split(_COMMAND.sub("", line.rpartition("\r")[2]).expandtabs())
+    return "".join(part if _COLOUR.fullmatch(part) else plain(part) for part in parts)

@@ -14,6 +14,7 @@ from autobatch.core.options import PlanRequest
 from autobatch.core.plan_notes import plan_notes
 from autobatch.core.record_json import from_plain, to_plain
 from autobatch.core.records import Probe, SearchSpace, Setting
+from autobatch.core.text import plain
 
 SCHEMA = 1
 # Goyal et al. 2017 ramp the learning rate up over the first five epochs.
@@ -154,7 +155,7 @@ class BatchPlan(ForTraining):
         if self.lr is not None:
             parts.append(f"learning rate {self.lr:.3g}")
         parts.append(f"limited by {self.limited_by}")
-        return "\n".join([", ".join(parts), *(f"- {note}" for note in self.notes)])
+        return "\n".join([plain(", ".join(parts)), *(f"- {plain(note)}" for note in self.notes)])
 
     def to_json(self) -> str:
         """Return the plan as strict JSON that ``from_json`` reads back to an equal plan."""

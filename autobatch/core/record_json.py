@@ -73,4 +73,6 @@ def _scalar(hint: Any, data: Any, where: str) -> Any:
         data = float(data)
     if type(data) is not hint or (hint is float and not math.isfinite(data)):
         raise ValueError(f"{where} is not {_NAMES[hint]}")
+    if hint is int and abs(data) >= 2**63:
+        raise ValueError(f"{where} is beyond any amount of memory, rows or steps")
     return data

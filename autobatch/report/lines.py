@@ -7,6 +7,7 @@ import textwrap
 from autobatch.core.learning_rate import RULES
 from autobatch.core.plan import BatchPlan
 from autobatch.core.records import Outcome, Probe, ProcessMemory, Setting
+from autobatch.core.text import plain as plain
 from autobatch.core.units import format_bytes
 
 _WIDTH = 100
@@ -31,11 +32,6 @@ _WALLS = {
     Outcome.TIMEOUT: "did not end in time",
     Outcome.CRASHED: "crashed the worker",
 }
-
-
-def plain(text: str) -> str:
-    """Return ``text`` on one line with every control character escaped, safe to show on a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def answer_line(plan: BatchPlan) -> str:

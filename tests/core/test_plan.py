@@ -357,6 +357,7 @@ def test_a_newer_schema_is_refused_with_the_way_to_read_it() -> None:
         (["lr"], float("nan"), "lr is not a number"),
         (["lr"], float("inf"), "lr is not a number"),
         (["lr"], 10**400, "lr is not a number"),
+        (["peak_allocated"], 2**63, "peak_allocated is beyond any amount of memory, rows or steps"),
         (["exact"], 1, "exact is not true or false"),
         (["device"], None, "device is not a text"),
         (["notes"], "a note", "notes is not a list"),

@@ -1,0 +1,1 @@
+"""Plans kept for the next time the same is asked."""
