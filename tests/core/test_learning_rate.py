@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from autobatch.core.errors import InvalidRequest
-from autobatch.core.learning_rate import RULES, check_rule, group_rates, optimizer_family, scale
+from autobatch.core.learning_rate import RULES, check_rule, optimizer_family, scale
 from autobatch.core.options import PlanRequest
 from autobatch.core.records import MemoryReading, Setting
+from autobatch.core.scaling import group_rates
 
 UNKNOWN = 'the optimizer {}is not known: lr_rule "auto" took the more careful square root rule; name one with lr_rule='
 
@@ -133,7 +134,8 @@ def test_an_unknown_rule_is_told_with_those_known(rule: Any) -> None:
         with pytest.raises(InvalidRequest) as caught:
             refuse()
         assert str(caught.value) == (
-            f"lr_rule is {rule!r}; known: linear, sqrt, none, auto, or a callable rule(base_lr, global_batch, base_batch) -> learning rate."
+            f"lr_rule is {rule!r}; known: linear, sqrt, none, noise, sqrt-saturating, surge, auto, or a callable "
+            "rule(base_lr, global_batch, base_batch) -> learning rate."
         )
 
 
