@@ -52,7 +52,9 @@ def test_a_whole_plan() -> None:
         "batch size        118",
         "learning rate     0.000461 (linear: 0.001 × 118 / 256)",
         "  after           Goyal et al. 2017, arXiv 1706.02677: ResNet-50, SGD with momentum, 5 epochs of warm-up",
+        "  shown for       256 to 8,192 rows (32×)",
         "  by group        0.000461, 4.61e-05",
+        "EMA decay         0.9999 → 0.999954 (0.9999^0.460938, as an example), yours to set",
         "iterations        13 per epoch of 1,500 rows, the last of 84 rows",
         "peak allocated    1.86 GiB of 1.90 GiB (97.6 %); reserved 1.88 GiB",
         "budget            2.00 GiB, margin 5 %, headroom 118.0 MiB",
@@ -69,16 +71,18 @@ def test_a_whole_plan() -> None:
 def test_a_plan_over_accumulation_ranks_and_epochs() -> None:
     request = PlanRequest(base_lr=0.1, global_batch_size=1024, world_size=4, epochs=10, dataset_size=100_000)
     lines = plan_lines(plan_of(64, dataclasses.replace(SETTING, group_lrs=()), request, limited_by="global_batch_size", best=64))
-    assert lines[:7] == [
+    assert lines[:9] == [
         "batch size        64 per device",
         "accumulation      4 batches per optimizer step; divide each loss by that number",
         "global batch      1,024 (64 × 4 accumulation steps × 4 devices)",
         "learning rate     0.4 (linear: 0.1 × 1024 / 256)",
         "  after           Goyal et al. 2017, arXiv 1706.02677: ResNet-50, SGD with momentum, 5 epochs of warm-up",
+        "  shown for       256 to 8,192 rows (32×)",
         "warm-up           linear, from 0.1 to 0.4 over the first 490 optimizer steps",
+        "EMA decay         0.9999 → 0.9996 (0.9999^4, as an example), yours to set",
         "iterations        391 per epoch of 100,000 rows, the last of 40 rows",
     ]
-    assert lines[7] == "optimizer steps   98 per epoch, 980 in 10 epochs"
+    assert lines[9] == "optimizer steps   98 per epoch, 980 in 10 epochs"
 
 
 def test_a_plan_that_knows_little_shows_little() -> None:

@@ -196,7 +196,7 @@ def _averages(options: Mapping[str, float], group: int, growth: float, rule: str
             group=group,
             before=beta,
             after=half_life_decay(beta, growth),
-            formula=f"{beta:.6g}^{growth:.6g}, the half-life in samples kept",
+            formula=f"{beta:.6g}^{growth:.6g}",
             source="Marek et al. 2025, arXiv 2507.07101; to first order the SDE rule of Malladi et al. 2022, arXiv 2205.10287",
             evidence_range="512 sequences down to 1, GPT-2 of 124M parameters",
             caveat="; ".join(caveats),
@@ -223,7 +223,7 @@ def _weight_decay(options: Mapping[str, float], group: int, growth: float, lr_sc
             group=group,
             before=decoupled,
             after=timescale_weight_decay(decoupled, growth, lr_scale),
-            formula=f"{decoupled:.6g} × {growth:.6g} / {lr_scale:.6g}, the timescale in epochs kept",
+            formula=f"{decoupled:.6g} × {growth:.6g} / {lr_scale:.6g}",
             source="Wang & Aitchison 2024, arXiv 2405.13698",
             evidence_range="a timescale of 1 epoch up to all of them",
             written="everything",
@@ -260,7 +260,7 @@ def _ema(growth: float) -> Scaled:
         name="EMA decay",
         before=_USUAL_EMA,
         after=half_life_decay(_USUAL_EMA, growth),
-        formula=f"decay^{growth:.6g}, for a decay of {_USUAL_EMA}",
+        formula=f"{_USUAL_EMA}^{growth:.6g}, as an example",
         source="Busbridge et al. 2023, arXiv 2307.13813",
     )
 
@@ -273,7 +273,7 @@ def _batch_norm(plan: BatchPlan, setting: Setting) -> Iterator[Scaled]:
         name="BatchNorm momentum",
         before=momentum,
         after=batch_norm_momentum(momentum, plan.batch_size, plan.base_batch_size),
-        formula=f"1 − (1 − {momentum:.6g})^({plan.batch_size} / {plan.base_batch_size}), the rows that running statistics cover kept",
+        formula=f"1 − (1 − {momentum:.6g})^({plan.batch_size} / {plan.base_batch_size})",
         source="by arithmetic; Goyal et al. 2017, arXiv 1706.02677, keep the rows that a device normalises over instead",
-        caveat=f"if one device ran the {plan.base_batch_size:,} rows of the base batch at once",
+        caveat=f"only if one device ran the {plan.base_batch_size:,} rows of the base batch at once",
     )
