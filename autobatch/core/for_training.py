@@ -8,14 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
-    from torch.optim import Optimizer
-    from torch.optim.lr_scheduler import LRScheduler
-    from torch.utils.data import DataLoader
-
     from autobatch.core.plan import BatchPlan
     from autobatch.core.scaling import Scaled
     from autobatch.core.schedule import Ramp
+    from autobatch.training.loading import DataLoader
     from autobatch.training.ramps import PlannedSampler
+    from autobatch.training.rates import LRScheduler, Optimizer
 
 
 class ForTraining:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
+from torch.utils.data import DataLoader as DataLoader
 from torch.utils.data import (
-    DataLoader,
     Dataset,
     DistributedSampler,
     IterableDataset,
@@ -73,9 +73,9 @@ def work_ahead(batch_bytes: int, workers: int, available: int, *, pinned: bool, 
     if not workers:
         held = f"; {size} leave no room for workers in {format_bytes(available)}" if wanted[0] else ""
         return Ahead(workers=0, prefetch=None, why=f"no workers{held}")
-    ahead = f"{counted(workers, 'worker')} × {prefetch} batches ahead hold {format_bytes(needed())} at {size}"
-    less = "" if (workers, prefetch) == wanted else f", cut from {wanted[0]} × {wanted[1]}"
-    return Ahead(workers=workers, prefetch=prefetch, why=f"{ahead} of {format_bytes(available)}{less}")
+    ahead = f"{counted(workers, 'worker')}, each {prefetch} ahead, hold {format_bytes(needed())} at {size}"
+    less = "" if (workers, prefetch) == wanted else f" (cut from {wanted[0]}, each {wanted[1]} ahead)"
+    return Ahead(workers=workers, prefetch=prefetch, why=f"{ahead}; {format_bytes(available)} may be used{less}")
 
 
 def dataloader(plan: BatchPlan, dataset: Any, *, rank: int | None = None, seed: int = 0, **options: Any) -> DataLoader[Any]:

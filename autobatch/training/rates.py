@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
-from torch.optim.lr_scheduler import ConstantLR, LinearLR, LRScheduler
+from torch.optim import LBFGS
+from torch.optim import Optimizer as Optimizer
+from torch.optim.lr_scheduler import ConstantLR, LinearLR
+from torch.optim.lr_scheduler import LRScheduler as LRScheduler
 
 from autobatch.core.errors import InvalidRequest
 from autobatch.core.learning_rate import optimizer_family

@@ -127,6 +127,11 @@ def _make_optimizer(model: nn.Module, optimizer: Any, mode: str) -> Optimizer | 
         optimizer = optimizer([p for p in model.parameters() if p.requires_grad])
         if not isinstance(optimizer, Optimizer):
             raise InvalidRequest(f"optimizer(params) returned a {type(optimizer).__name__}; it must return a torch.optim.Optimizer.")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise InvalidRequest(
+            "LBFGS runs the model several times a step, through a closure; a trial runs it once. Leave optimizer= out and add what LBFGS "
+            f"keeps to the margin: {optimizer.param_groups[0]['history_size']} × 2 copies of the parameters."
+        )
     own = set(model.parameters())
     stepped = [p for group in optimizer.param_groups for p in group["params"]]
     if not any(p in own for p in stepped):
