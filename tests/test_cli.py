@@ -190,14 +190,15 @@ def test_the_options_are_frozen() -> None:
     assert options == {
         "devices": ["--json", "--margin", "--memory-budget"],
         "estimate": [
-            "--all-gpus", "--base-batch-size", "--base-lr", "--context", "--dataset-size", "--drop-last", "--epochs", "--explain", "--global-batch-size",
-            "--gpu", "--json", "--lr-rule", "--margin", "--max-batch-size", "--memory-budget", "--min-batch-size", "--mode",
-            "--multiple-of", "--noise-scale", "--optimizer", "--precision", "--tolerance", "target",
+            "--all-gpus", "--base-batch-size", "--base-lr", "--context", "--dataset-size", "--drop-last", "--epochs", "--explain",
+            "--global-batch-size", "--gpu", "--json", "--lr-rule", "--margin", "--max-batch-size", "--memory-budget",
+            "--min-batch-size", "--mode", "--multiple-of", "--noise-scale", "--optimizer", "--precision", "--tolerance", "target",
         ],
         "probe": [
-            "--base-batch-size", "--base-lr", "--dataset-size", "--device", "--drop-last", "--epochs", "--format", "--global-batch-size", "--json",
-            "--lr-rule", "--margin", "--max-batch-size", "--memory-budget", "--min-batch-size", "--mode", "--multiple-of", "--noise-scale",
-            "--objective", "--optimizer", "--precision", "--probe-timeout", "--steps", "--time-limit", "--tolerance", "target",
+            "--base-batch-size", "--base-lr", "--dataset-size", "--device", "--drop-last", "--epochs", "--format",
+            "--global-batch-size", "--json", "--lr-rule", "--margin", "--max-batch-size", "--memory-budget", "--min-batch-size",
+            "--mode", "--multiple-of", "--noise-scale", "--objective", "--optimizer", "--precision", "--probe-timeout", "--steps",
+            "--time-limit", "--tolerance", "target",
         ],
     }  # fmt: skip
     assert all(p.help for command in group.commands.values() for p in command.params if isinstance(p, click.Option) and not p.show_default)

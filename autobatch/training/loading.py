@@ -38,8 +38,10 @@ _PREFETCH = 2
 # The share of the host's free memory that batches ahead may take; the rest is for the training process and the workers themselves.
 _SHARE = 0.5
 _SHARED_MEMORY = Path("/dev/shm")
+# What torch takes only together with workers.
+_FOR_WORKERS = ("timeout", "multiprocessing_context", "persistent_workers", "prefetch_factor")
 # What a loader of the user's keeps when its batch size changes.
-_KEPT = ("collate_fn", "generator", "worker_init_fn", "timeout", "multiprocessing_context", "pin_memory_device")
+_KEPT = ("collate_fn", "generator", "worker_init_fn", "pin_memory_device", *_FOR_WORKERS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,10 +93,13 @@ def dataloader(plan: BatchPlan, dataset: Any, *, rank: int | None = None, seed: 
         options.pop("shuffle", None)
     workers = chosen.pop("num_workers", None)
     if "num_workers" in options:
-        ahead = Ahead(workers=options["num_workers"], prefetch=None, why=f"{counted(options['num_workers'], 'worker')}, as asked for")
+        asked = options["num_workers"]
+        ahead = Ahead(workers=asked, prefetch=chosen.get("prefetch_factor"), why=f"{counted(asked, 'worker')}, as asked for")
     else:
         ahead = _ahead(plan, rows, {**chosen, **options}, workers)
-        chosen |= {"num_workers": ahead.workers, "prefetch_factor": ahead.prefetch}
+    chosen |= {"num_workers": ahead.workers, "prefetch_factor": ahead.prefetch}
+    if not ahead.workers:
+        chosen = {name: value for name, value in chosen.items() if name not in _FOR_WORKERS}
     loader: DataLoader[Any] = DataLoader(rows, **{**chosen, **options})
     loader.autobatch_note = ahead.why
     return loader

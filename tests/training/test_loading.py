@@ -85,6 +85,14 @@ def test_a_users_loader_keeps_everything_but_its_batch_size() -> None:
     assert loader.autobatch_note.startswith("1 worker, each 2 ahead, hold ")
 
 
+def test_what_only_workers_have_goes_with_them() -> None:
+    own = DataLoader(Pictures(), batch_size=2, num_workers=2, prefetch_factor=3, persistent_workers=True, timeout=60)
+    loader: Any = plan_of().dataloader(own)
+    assert (loader.num_workers, loader.prefetch_factor, loader.persistent_workers, loader.timeout) == (2, 3, True, 60)
+    without: Any = plan_of().dataloader(own, num_workers=0)
+    assert sizes(without) == [8, 8, 4]
+
+
 def test_a_sampler_of_the_users_stays_and_so_does_no_shuffling() -> None:
     weighted = WeightedRandomSampler([1.0] * 20, 40)
     assert sizes(plan_of().dataloader(DataLoader(ROWS, sampler=weighted))) == [8] * 5
