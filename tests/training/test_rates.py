@@ -75,6 +75,12 @@ def test_by_default_betas_eps_and_weight_decay_stay() -> None:
     assert (group["lr"], group["eps"], group["weight_decay"], group["betas"]) == (2e-3, 1e-8, 0.01, (0.9, 0.999))
 
 
+def test_a_plan_from_a_file_does_the_same() -> None:
+    optimizer = AdamW(MODEL.parameters(), lr=1e-3)
+    BatchPlan.from_json(plan_for(optimizer, lr_rule="sqrt").to_json()).apply(optimizer, everything=True)
+    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["eps"]) == pytest.approx((2e-3, 5e-9))
+
+
 def test_an_l2_penalty_stays_even_then() -> None:
     optimizer = Adam(MODEL.parameters(), lr=1e-3, weight_decay=0.1)
     plan_for(optimizer, lr_rule="sqrt").apply(optimizer, everything=True)
@@ -178,8 +184,8 @@ def test_what_an_earlier_schedule_left_is_scaled_too() -> None:
 def test_lbfgs_is_refused_with_the_reason_and_stays_at_its_own_rate() -> None:
     optimizer = LBFGS(MODEL.parameters(), lr=0.5)
     with pytest.raises(InvalidRequest, match="LBFGS finds the length of its steps from the curvature"):
-        plan_for(optimizer).apply(optimizer)
-    plan_for(optimizer, lr_rule="none").apply(optimizer)
+        plan_for(None, base_lr=0.5).apply(optimizer)
+    plan_for(None, base_lr=0.5, lr_rule="none").apply(optimizer)
     assert lrs(optimizer) == [0.5]
 
 
