@@ -268,11 +268,11 @@ def test_what_else_goes_with_the_batch_and_who_sets_it() -> None:
         "warm-up           linear, from 0.001 to 0.00384 over the first 65 optimizer steps",
         "beta1             0.9 → 0.211386 (0.9^14.75), set by apply(optimizer, everything=True)",
         "  but             growth × (1 − beta1) = 1.47 is not small, as the SDE rule takes it to be",
-        "beta2             0.999 → 0.98535 (0.999^14.75), set by apply(optimizer, everything=True)",
+        "beta2             0.999 → 0.985351 (0.999^14.75), set by apply(optimizer, everything=True)",
         "eps               1e-08 → 2.60378e-09 (1e-08 / √14.75), set by apply(optimizer, everything=True)",
         "weight decay      0.01 → 0.0384057 (0.01 × 14.75 / 3.84057), set by apply(optimizer, everything=True)",
         "EMA decay         0.9999 → 0.998526 (0.9999^14.75, as an example), yours to set",
-        "BatchNorm         momentum 0.1 → 0.788613 (1 − (1 − 0.1)^(118 / 8)), yours to set",
+        "BatchNorm         momentum 0.1 → 0.788614 (1 − (1 − 0.1)^(118 / 8)), yours to set",
         "  but             only if one device ran the 8 rows of the base batch at once",
         "iterations        13 per epoch of 1,500 rows, the last of 84 rows",
     ]
