@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from autobatch.core.records import Probe as Probe
     from autobatch.core.records import Setting as Setting
     from autobatch.core.records import Trying as Trying
+    from autobatch.core.scaling import Scaled as Scaled
+    from autobatch.core.schedule import Ramp as Ramp
     from autobatch.estimator import estimate as estimate
     from autobatch.finder import find as find
     from autobatch.finder import search as search
@@ -41,6 +43,8 @@ _HOMES = {
     "Outcome": "autobatch.core.records",
     "Peak": "autobatch.core.records",
     "Probe": "autobatch.core.records",
+    "Ramp": "autobatch.core.schedule",
+    "Scaled": "autobatch.core.scaling",
     "Setting": "autobatch.core.records",
     "Trying": "autobatch.core.records",
     "WorkerFailed": "autobatch.core.errors",

@@ -42,9 +42,11 @@ def find(
     base_lr: float | None = None,
     base_batch_size: int = 256,
     lr_rule: str | Callable[[float, int, int], float] = "linear",
+    noise_scale: float | None = None,
     global_batch_size: int | None = None,
     dataset_size: int | None = None,
     epochs: int | None = None,
+    drop_last: bool = False,
     isolate: bool | None = None,
     probe_timeout: float = 600.0,
     cache: bool | str | os.PathLike[str] | None = None,
@@ -74,9 +76,12 @@ def find(
             middle of a trial, in this process a trial that has begun is finished.
         objective: ``"memory"`` for the largest, ``"throughput"`` for the smallest within 3 % of the best samples per second measured.
         base_lr, base_batch_size: a learning rate and the global batch size it was tuned at; by default the optimizer's own.
-        lr_rule: ``"linear"``, ``"sqrt"``, ``"none"``, ``"auto"``, or ``rule(base_lr, global_batch_size, base_batch_size) -> lr``.
+        lr_rule: ``"linear"``, ``"sqrt"``, ``"none"``, ``"auto"`` (by the optimizer's class), ``"noise"``, ``"sqrt-saturating"`` or
+            ``"surge"`` (with a noise scale), or ``rule(base_lr, global_batch_size, base_batch_size) -> lr``.
+        noise_scale: the gradient noise scale in rows, for the rules that need it.
         global_batch_size: rows one optimizer step should see; gives the accumulation steps.
         dataset_size, epochs: for steps per epoch and in all; the batch never exceeds the data set.
+        drop_last: whether the loader (and a distributed sampler) leaves out what does not fill a batch (or share out equally).
         isolate: run the trials in a worker process: nothing a trial does can reach this one. By default on the CPU only, where the
             limit on memory would hold for every thread of this process.
         probe_timeout: seconds one probe may take in a worker.
@@ -104,9 +109,11 @@ def find(
         base_lr=base_lr,
         base_batch_size=base_batch_size,
         lr_rule=lr_rule,
+        noise_scale=noise_scale,
         global_batch_size=global_batch_size,
         dataset_size=dataset_size,
         epochs=epochs,
+        drop_last=drop_last,
         objective=objective,
     )
     what = {

@@ -102,8 +102,8 @@ def test_exported_names_are_sorted_documented_and_importable() -> None:
             assert getattr(autobatch, name).__doc__
     assert set(autobatch.__all__) == {
         "AutobatchError", "BatchPlan", "DeviceUnavailable", "InvalidRequest", "MemoryReading", "NoBatchSizeFits", "Outcome", "Peak",
-        "Probe", "Setting", "Trying", "WorkerFailed", "Workload", "WorkloadFailed", "__version__", "build_workload", "estimate", "find",
-        "resilient", "search",
+        "Probe", "Ramp", "Scaled", "Setting", "Trying", "WorkerFailed", "Workload", "WorkloadFailed", "__version__", "build_workload",
+        "estimate", "find", "resilient", "search",
     }  # fmt: skip
     with pytest.raises(AttributeError, match="no attribute 'fnid'"):
         autobatch.fnid  # noqa: B018

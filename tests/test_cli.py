@@ -192,15 +192,16 @@ def test_the_options_are_frozen() -> None:
         "cache": [],
         "devices": ["--json", "--margin", "--memory-budget"],
         "estimate": [
-            "--all-gpus", "--base-batch-size", "--base-lr", "--context", "--dataset-size", "--epochs", "--explain", "--global-batch-size",
-            "--gpu", "--json", "--lr-rule", "--margin", "--max-batch-size", "--memory-budget", "--min-batch-size", "--mode",
-            "--multiple-of", "--optimizer", "--precision", "--tolerance", "target",
+            "--all-gpus", "--base-batch-size", "--base-lr", "--context", "--dataset-size", "--drop-last", "--epochs", "--explain",
+            "--global-batch-size", "--gpu", "--json", "--lr-rule", "--margin", "--max-batch-size", "--memory-budget",
+            "--min-batch-size", "--mode", "--multiple-of", "--noise-scale", "--optimizer", "--precision", "--tolerance", "target",
         ],
         "explain": ["file"],
         "probe": [
-            "--base-batch-size", "--base-lr", "--cache", "--dataset-size", "--device", "--epochs", "--format", "--global-batch-size",
-            "--json", "--lr-rule", "--margin", "--max-batch-size", "--memory-budget", "--min-batch-size", "--mode", "--multiple-of",
-            "--objective", "--optimizer", "--precision", "--probe-timeout", "--steps", "--time-limit", "--tolerance", "target",
+            "--base-batch-size", "--base-lr", "--cache", "--dataset-size", "--device", "--drop-last", "--epochs", "--format",
+            "--global-batch-size", "--json", "--lr-rule", "--margin", "--max-batch-size", "--memory-budget", "--min-batch-size",
+            "--mode", "--multiple-of", "--noise-scale", "--objective", "--optimizer", "--precision", "--probe-timeout", "--steps",
+            "--time-limit", "--tolerance", "target",
         ],
     }  # fmt: skip
     assert {name: command.params for name, command in cache.commands.items()} == {"clear": [], "list": []}

@@ -198,7 +198,7 @@ def test_what_the_target_names_counts_where_nothing_else_was_asked() -> None:
         ({"tolerance": 1.0}, r"tolerance is 1\.0"),
         ({"time_limit": 0}, "time_limit is 0"),
         ({"base_lr": float("nan")}, "base_lr is nan"),
-        ({"lr_rule": "cubic"}, "lr_rule is 'cubic'; known: linear, sqrt, none, auto"),
+        ({"lr_rule": "cubic"}, "lr_rule is 'cubic'; known: linear, sqrt, none, noise"),
         ({"objective": "speed"}, "objective is 'speed'"),
         ({"epochs": 0}, "epochs is 0"),
     ],

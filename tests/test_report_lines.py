@@ -52,7 +52,9 @@ def test_a_whole_plan() -> None:
         "batch size        118",
         "learning rate     0.000461 (linear: 0.001 × 118 / 256)",
         "  after           Goyal et al. 2017, arXiv 1706.02677: ResNet-50, SGD with momentum, 5 epochs of warm-up",
+        "  shown for       256 to 8,192 rows (32×)",
         "  by group        0.000461, 4.61e-05",
+        "EMA decay         0.9999 → 0.999954 (0.9999^0.460938, as an example), yours to set",
         "iterations        13 per epoch of 1,500 rows, the last of 84 rows",
         "peak allocated    1.86 GiB of 1.90 GiB (97.6 %); reserved 1.88 GiB",
         "budget            2.00 GiB, margin 5 %, headroom 118.0 MiB",
@@ -69,16 +71,18 @@ def test_a_whole_plan() -> None:
 def test_a_plan_over_accumulation_ranks_and_epochs() -> None:
     request = PlanRequest(base_lr=0.1, global_batch_size=1024, world_size=4, epochs=10, dataset_size=100_000)
     lines = plan_lines(plan_of(64, dataclasses.replace(SETTING, group_lrs=()), request, limited_by="global_batch_size", best=64))
-    assert lines[:7] == [
+    assert lines[:9] == [
         "batch size        64 per device",
         "accumulation      4 batches per optimizer step; divide each loss by that number",
         "global batch      1,024 (64 × 4 accumulation steps × 4 devices)",
         "learning rate     0.4 (linear: 0.1 × 1024 / 256)",
         "  after           Goyal et al. 2017, arXiv 1706.02677: ResNet-50, SGD with momentum, 5 epochs of warm-up",
+        "  shown for       256 to 8,192 rows (32×)",
         "warm-up           linear, from 0.1 to 0.4 over the first 490 optimizer steps",
+        "EMA decay         0.9999 → 0.9996 (0.9999^4, as an example), yours to set",
         "iterations        391 per epoch of 100,000 rows, the last of 40 rows",
     ]
-    assert lines[7] == "optimizer steps   98 per epoch, 980 in 10 epochs"
+    assert lines[9] == "optimizer steps   98 per epoch, 980 in 10 epochs"
 
 
 def test_a_plan_that_knows_little_shows_little() -> None:
@@ -248,3 +252,34 @@ def test_control_characters_are_shown_never_sent(text: str, shown: str) -> None:
     setting = dataclasses.replace(SETTING, device=text, device_description=text)
     lines = [*plan_lines(hostile), answer_line(hostile), args_line(hostile), *env_lines(hostile), *setting_lines(setting)]
     assert all(line.isprintable() for line in lines)
+
+
+def test_what_else_goes_with_the_batch_and_who_sets_it() -> None:
+    options = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "decoupled_weight_decay": 0.01}
+    adamw = dataclasses.replace(
+        SETTING, optimizer_name="AdamW", group_options=(options, {**options, "decoupled_weight_decay": 0.0}), batch_norm_momentum=0.1
+    )
+    lines = plan_lines(plan_of(at=adamw, request=PlanRequest(base_batch_size=8, lr_rule="sqrt", epochs=10)))
+    assert lines[1:15] == [
+        "learning rate     0.00384 (sqrt: 0.001 × √(118 / 8))",
+        "  after           Krizhevsky 2014, arXiv 1404.5997; for RMSprop and Adam, Malladi et al. 2022, arXiv 2205.10287",
+        "  shown for       1,024 to 4,096 sequences (4×) in the training of a language model, Merrill et al. 2025, arXiv 2505.23971",
+        "  by group        0.00384, 0.000384",
+        "warm-up           linear, from 0.001 to 0.00384 over the first 65 optimizer steps",
+        "beta1             0.9 → 0.211386 (0.9^14.75), set by apply(optimizer, everything=True)",
+        "  but             growth × (1 − beta1) = 1.47 is not small, as the SDE rule takes it to be",
+        "beta2             0.999 → 0.985351 (0.999^14.75), set by apply(optimizer, everything=True)",
+        "eps               1e-08 → 2.60378e-09 (1e-08 / √14.75), set by apply(optimizer, everything=True)",
+        "weight decay      0.01 → 0.0384057 (0.01 × 14.75 / 3.84057), set by apply(optimizer, everything=True)",
+        "EMA decay         0.9999 → 0.998526 (0.9999^14.75, as an example), yours to set",
+        "BatchNorm         momentum 0.1 → 0.788614 (1 − (1 − 0.1)^(118 / 8)), yours to set",
+        "  but             only if one device ran the 8 rows of the base batch at once",
+        "iterations        13 per epoch of 1,500 rows, the last of 84 rows",
+    ]
+
+
+def test_a_global_batch_in_one_piece_says_that_nothing_is_accumulated() -> None:
+    request = PlanRequest(global_batch_size=118)
+    shown = "none: one batch is all of a device's share of the global batch"
+    assert row(plan_of(request=request, limited_by="global_batch_size"), "accumulation") == shown
+    assert row(plan_of(), "accumulation") is None

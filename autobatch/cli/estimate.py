@@ -9,6 +9,7 @@ import click
 
 from autobatch.cli.say import say
 from autobatch.core.errors import InvalidRequest, NoBatchSizeFits
+from autobatch.core.learning_rate import RULES
 from autobatch.core.plan import BatchPlan
 from autobatch.report.estimates import estimate_lines, explained_lines
 from autobatch.report.lines import plan_lines
@@ -35,10 +36,12 @@ _STEP = ("precision", "mode", "optimizer", "base_lr")
 @click.option("--optimizer", metavar="NAME", help="One of torch.optim by name (sgd, adamw, …) or none, in place of the target's.")
 @click.option("--base-lr", type=float, help="Learning rate tuned at --base-batch-size; by default the optimizer's.")
 @click.option("--base-batch-size", type=int, default=256, show_default=True)
-@click.option("--lr-rule", type=click.Choice(["linear", "sqrt", "none", "auto"]), default="linear", show_default=True)
+@click.option("--lr-rule", type=click.Choice([*RULES, "auto"]), default="linear", show_default=True)
+@click.option("--noise-scale", type=float, metavar="ROWS", help="Gradient noise scale, for the rules that need it.")
 @click.option("--global-batch-size", type=int, help="Rows one optimizer step should see; gives the accumulation steps.")
 @click.option("--dataset-size", type=int, help="Rows in the data set; by default the target's.")
 @click.option("--epochs", type=int, help="Passes over the data set.")
+@click.option("--drop-last", is_flag=True, help="Leave out a last batch that is not full.")
 @click.option("--explain", is_flag=True, help="Show where the bytes are at the peak, and what would change the batch size.")
 @click.option("--json", "as_json", is_flag=True, help="Print a list with the plan for each card.")
 def estimate(target: str, gpus: tuple[str, ...], all_gpus: bool, explain: bool, as_json: bool, **options: Any) -> None:

@@ -10,6 +10,7 @@ import click
 
 from autobatch.cli.progress import Display
 from autobatch.cli.say import say
+from autobatch.core.learning_rate import RULES
 from autobatch.core.options import PlanRequest, SearchOptions
 from autobatch.core.plan import BatchPlan
 from autobatch.report.lines import answer_line, args_line, env_lines, plan_lines
@@ -39,7 +40,8 @@ _STEP = ("precision", "mode", "optimizer", "base_lr")
 @click.option("--optimizer", metavar="NAME", help="One of torch.optim by name (sgd, adamw, …) or none, in place of the target's.")
 @click.option("--base-lr", type=float, help="Learning rate tuned at --base-batch-size; by default the optimizer's.")
 @click.option("--base-batch-size", type=int, default=256, show_default=True)
-@click.option("--lr-rule", type=click.Choice(["linear", "sqrt", "none", "auto"]), default="linear", show_default=True)
+@click.option("--lr-rule", type=click.Choice([*RULES, "auto"]), default="linear", show_default=True)
+@click.option("--noise-scale", type=float, metavar="ROWS", help="Gradient noise scale, for the rules that need it.")
 @click.option("--global-batch-size", type=int, help="Rows one optimizer step should see; gives the accumulation steps.")
 @click.option("--dataset-size", type=int, help="Rows in the data set; by default the target's.")
 @click.option("--epochs", type=int, help="Passes over the data set.")
@@ -50,6 +52,7 @@ _STEP = ("precision", "mode", "optimizer", "base_lr")
     help="Keep the plan, and show it again while TARGET's files, the options, the device and the versions are the same. Files that it "
     "only reads (data, settings) and what changes inside installed packages of one version are not noticed.",
 )
+@click.option("--drop-last", is_flag=True, help="Leave out a last batch that is not full.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole plan as JSON.")
 @click.option("--format", "form", type=click.Choice(["text", "args", "env"]), default="text", show_default=True)
 def probe(target: str, as_json: bool, form: str, **options: Any) -> None:

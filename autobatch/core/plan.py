@@ -7,55 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from autobatch.core.accumulation import micro_batch as micro_batch
+from autobatch.core.epochs import epoch
 from autobatch.core.errors import InvalidRequest
 from autobatch.core.for_training import ForTraining
-from autobatch.core.learning_rate import GroupRates, group_rates
 from autobatch.core.options import PlanRequest
 from autobatch.core.plan_notes import plan_notes
 from autobatch.core.record_json import from_plain, to_plain
 from autobatch.core.records import Probe, SearchSpace, Setting
+from autobatch.core.scaling import WARMUP_EPOCHS, GroupRates, Scaled, group_rates, what_scales
 from autobatch.core.text import plain
+from autobatch.core.units import divide_up
 
 SCHEMA = 1
-# Goyal et al. 2017 ramp the learning rate up over the first five epochs.
-WARMUP_EPOCHS = 5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MicroBatch:
-    """How a global batch is shared out in equal parts.
-
-    Attributes:
-        batch_size: rows in each micro-batch, per device.
-        accumulation_steps: micro-batches per device in one optimizer step.
-        global_batch_size: rows that one optimizer step sees in effect.
-        deviation: rows by which that differs from what was asked for.
-    """
-
-    batch_size: int
-    accumulation_steps: int
-    global_batch_size: int
-    deviation: int
-
-
-def micro_batch(global_batch_size: int, world_size: int, largest: int, multiple_of: int = 1, smallest: int = 1) -> MicroBatch:
-    """Return the fewest equal micro-batches that make up ``global_batch_size`` rows over ``world_size`` devices.
-
-    Equal parts are rounded up to ``multiple_of``, so the effective global batch may be larger than asked for, never smaller.
-
-    Raises:
-        InvalidRequest: no multiple of ``multiple_of`` lies between ``smallest`` and ``largest``.
-    """
-    first, last = _round_up(smallest, multiple_of), largest // multiple_of * multiple_of
-    if first > last:
-        raise InvalidRequest(
-            f"No multiple of {multiple_of} lies between batch sizes {smallest} and {largest}: "
-            f"a global batch of {global_batch_size} cannot be shared out. Lower multiple_of or min_batch_size."
-        )
-    steps = _divide_up(global_batch_size, world_size * last)
-    size = max(first, _round_up(_divide_up(global_batch_size, world_size * steps), multiple_of))
-    effective = size * world_size * steps
-    return MicroBatch(batch_size=size, accumulation_steps=steps, global_batch_size=effective, deviation=effective - global_batch_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,8 +38,13 @@ class BatchPlan(ForTraining):
         lr_formula: its formula with figures, ``"0.1 × 512 / 256"``.
         base_lr: learning rate the scaling started from.
         base_batch_size: global batch size ``base_lr`` belongs to.
+        noise_scale: gradient noise scale in rows that the rule was given.
+        optimizer_name: class name of the optimizer the plan was made for, empty without one.
+        optimizer_lrs: learning rate that each of its parameter groups had, in order.
+        scaling: everything that the rule scales and how, learning rates first.
         warmup_steps: optimizer steps of a linear ramp from ``base_lr`` to ``lr``; 0 when the rate was not scaled up.
         dataset_size: rows in the data set.
+        drop_last: whether a last batch that is not full is left out, and rows that do not share out over the devices.
         iterations_per_epoch: batches a device runs per epoch.
         steps_per_epoch: optimizer steps per epoch.
         last_batch_size: rows in the last batch of an epoch, per device; ``batch_size`` when the data set divides evenly.
@@ -115,8 +84,13 @@ class BatchPlan(ForTraining):
     lr_formula: str | None = None
     base_lr: float | None = None
     base_batch_size: int = 256
+    noise_scale: float | None = None
+    optimizer_name: str = ""
+    optimizer_lrs: tuple[float, ...] = ()
+    scaling: tuple[Scaled, ...] = ()
     warmup_steps: int | None = None
     dataset_size: int | None = None
+    drop_last: bool = False
     iterations_per_epoch: int | None = None
     steps_per_epoch: int | None = None
     last_batch_size: int | None = None
@@ -208,7 +182,7 @@ def make_plan(
         ValueError: no probe found the batch size to fit.
     """
     rows = batch_size * request.world_size
-    steps = 1 if request.global_batch_size is None else _divide_up(request.global_batch_size, rows)
+    steps = 1 if request.global_batch_size is None else divide_up(request.global_batch_size, rows)
     rates = group_rates(setting, request, rows * steps)
     plan = BatchPlan(
         batch_size=batch_size,
@@ -223,32 +197,38 @@ def make_plan(
         evidence=setting.evidence,
         probes=tuple(probes),
         **_epoch_fields(setting, request, batch_size, steps),
-        **_rate_fields(rates, request),
+        **_rate_fields(rates, setting, request),
         **_measured_fields(setting, probes, batch_size),
     )
     plan = replace(plan, warmup_steps=_warmup_steps(plan))
+    plan = replace(plan, scaling=what_scales(plan, setting, request, rates))
     return replace(plan, notes=tuple(dict.fromkeys((*plan_notes(plan, setting, request, space), *rates.notes, *notes))))
 
 
 def _epoch_fields(setting: Setting, request: PlanRequest, batch_size: int, accumulation_steps: int) -> dict[str, Any]:
-    dataset_size = request.dataset_size if request.dataset_size is not None else setting.dataset_size
-    if dataset_size is None:
-        return {"epochs": request.epochs}
-    share = _divide_up(dataset_size, request.world_size)  # a distributed sampler pads every rank's share to this length
-    iterations = _divide_up(share, batch_size)
-    steps = _divide_up(iterations, accumulation_steps)
-    return {
-        "dataset_size": dataset_size,
-        "iterations_per_epoch": iterations,
-        "steps_per_epoch": steps,
-        "last_batch_size": share - (iterations - 1) * batch_size,
-        "epochs": request.epochs,
-        "total_steps": None if request.epochs is None else steps * request.epochs,
+    rows = request.dataset_size if request.dataset_size is not None else setting.dataset_size
+    asked = {"epochs": request.epochs, "drop_last": request.drop_last}
+    if rows is None:
+        return asked
+    one = epoch(rows, batch_size, world_size=request.world_size, accumulation_steps=accumulation_steps, drop_last=request.drop_last)
+    return asked | {
+        "dataset_size": rows,
+        "iterations_per_epoch": one.iterations,
+        "steps_per_epoch": one.updates,
+        "last_batch_size": one.last_batch_size,
+        "total_steps": None if request.epochs is None else one.updates * request.epochs,
     }
 
 
-def _rate_fields(rates: GroupRates, request: PlanRequest) -> dict[str, Any]:
-    fields: dict[str, Any] = {"base_batch_size": request.base_batch_size, "base_lr": rates.base_lr, "group_lrs": rates.lrs}
+def _rate_fields(rates: GroupRates, setting: Setting, request: PlanRequest) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "base_batch_size": request.base_batch_size,
+        "base_lr": rates.base_lr,
+        "group_lrs": rates.lrs,
+        "noise_scale": request.noise_scale,
+        "optimizer_name": setting.optimizer_name,
+        "optimizer_lrs": setting.group_lrs if rates.lrs else (),
+    }
     if rates.scaled is not None:
         scaled = rates.scaled
         fields |= {"lr": scaled.lr, "lr_scale": scaled.scale, "lr_rule": scaled.rule, "lr_formula": scaled.formula}
@@ -285,11 +265,3 @@ def _warmup_steps(plan: BatchPlan) -> int | None:
     if plan.lr_scale <= 1:
         return 0
     return None if plan.steps_per_epoch is None else plan.steps_per_epoch * min(WARMUP_EPOCHS, plan.epochs or WARMUP_EPOCHS)
-
-
-def _divide_up(dividend: int, divisor: int) -> int:
-    return -(-dividend // divisor)
-
-
-def _round_up(size: int, multiple_of: int) -> int:
-    return _divide_up(size, multiple_of) * multiple_of

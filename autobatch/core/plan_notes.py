@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from autobatch.core.epochs import share
 from autobatch.core.options import PlanRequest
 from autobatch.core.records import SearchSpace, Setting
+from autobatch.core.units import counted
 
 if TYPE_CHECKING:
     from autobatch.core.plan import BatchPlan
@@ -53,6 +55,10 @@ def _data_set(plan: BatchPlan) -> list[str]:
     rows = plan.dataset_size
     if rows is None:
         return ["epochs given without a data set's size: pass dataset_size= for the total steps"] if plan.epochs else []
+    return _sizes(plan, rows) + _shares(plan, rows)
+
+
+def _sizes(plan: BatchPlan, rows: int) -> list[str]:
     if plan.global_batch_size > rows:
         return [
             f"the data set's {rows:,} rows are fewer than the global batch of {plan.global_batch_size:,}: "
@@ -61,6 +67,17 @@ def _data_set(plan: BatchPlan) -> list[str]:
     if plan.limited_by == "dataset" and plan.steps_per_epoch == 1:
         return [f"all {rows:,} rows of the data set are in one batch: an epoch is one optimizer step; max_batch_size= gives more"]
     return []
+
+
+def _shares(plan: BatchPlan, rows: int) -> list[str]:
+    over = rows % plan.world_size
+    if not over or plan.drop_last:
+        return []
+    repeated = plan.world_size - over
+    return [
+        f"{rows:,} rows over {plan.world_size:,} devices: DistributedSampler repeats {counted(repeated, 'row')} an epoch so that all have "
+        f"{share(rows, plan.world_size):,}; drop_last=True leaves out {over:,} instead"
+    ]
 
 
 def _search(plan: BatchPlan, space: SearchSpace) -> list[str]:

@@ -199,7 +199,10 @@ class Setting:
         has_optimizer: whether the optimizer step is part of a trial.
         has_batch_norm: whether the model normalises over the batch.
         group_lrs: learning rate of each of the optimizer's parameter groups, empty without an optimizer.
+        group_options: what else a rule may scale, by group: ``beta1``, ``beta2``, ``alpha``, ``eps``, ``weight_decay``,
+            ``decoupled_weight_decay``.
         optimizer_name: class name of the optimizer, empty without one.
+        batch_norm_momentum: that of the model's first batch normalisation, ``None`` without one.
         dataset_size: rows in the data set the sample came from, ``None`` when it was not a data set.
         environment: versions and machine, name to text.
         notes: what the user should know about how the step was built.
@@ -221,7 +224,9 @@ class Setting:
     has_optimizer: bool = False
     has_batch_norm: bool = False
     group_lrs: tuple[float, ...] = ()
+    group_options: tuple[Mapping[str, float], ...] = ()
     optimizer_name: str = ""
+    batch_norm_momentum: float | None = None
     dataset_size: int | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""Bytes to text and back: the only place that divides by 1024."""
+"""Numbers to text and back: the only place that divides by 1024."""
 
 from __future__ import annotations
 
@@ -56,3 +56,13 @@ def parse_bytes(text: str) -> int:
 def format_count(count: int) -> str:
     """Return ``count`` with thousands separated: ``"12,288"``."""
     return f"{count:,}"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return ``number`` of ``noun``: ``"1 row"``, ``"1,437 rows"``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def divide_up(dividend: int, divisor: int) -> int:
+    """Return ``dividend / divisor``, rounded up."""
+    return -(-dividend // divisor)

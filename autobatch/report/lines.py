@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import textwrap
 
-from autobatch.core.learning_rate import RULES
 from autobatch.core.plan import BatchPlan
 from autobatch.core.records import Outcome, Probe, ProcessMemory, Setting
 from autobatch.core.text import plain as plain
-from autobatch.core.units import format_bytes
+from autobatch.core.units import counted, format_bytes
+from autobatch.report.scaling import rate_rows
 
 _WIDTH = 100
 _KEY = 16
@@ -42,7 +42,7 @@ def answer_line(plan: BatchPlan) -> str:
     if plan.lr is not None:
         parts.append(f"learning rate {plan.lr:.3g}")
     if plan.iterations_per_epoch is not None:
-        parts.append(f"{_count(plan.iterations_per_epoch, 'iteration')} per epoch")
+        parts.append(f"{counted(plan.iterations_per_epoch, 'iteration')} per epoch")
     return " · ".join(parts)
 
 
@@ -101,7 +101,7 @@ def probe_line(probe: Probe, cap: int | None) -> str:
 
 def plan_lines(plan: BatchPlan) -> list[str]:
     """Return the whole plan but its probes as aligned lines, the notes below."""
-    rows = [*_size_rows(plan), *_rate_rows(plan), *_epoch_rows(plan), *_memory_rows(plan), *_origin_rows(plan)]
+    rows = [*_size_rows(plan), *rate_rows(plan), *_epoch_rows(plan), *_memory_rows(plan), *_origin_rows(plan)]
     lines = [f"{key:<{_KEY}}  {plain(value)}" for key, value in rows]
     if plan.notes:
         lines.append("notes")
@@ -114,36 +114,23 @@ def _size_rows(plan: BatchPlan) -> list[tuple[str, str]]:
     rows = [("batch size", f"{plan.batch_size:,}" + (" per device" if plan.world_size > 1 else ""))]
     if plan.accumulation_steps > 1:
         rows.append(("accumulation", f"{plan.accumulation_steps:,} batches per optimizer step; divide each loss by that number"))
+    elif plan.limited_by == "global_batch_size":
+        rows.append(("accumulation", "none: one batch is all of a device's share of the global batch"))
     if plan.global_batch_size != plan.batch_size:
-        steps, devices = _count(plan.accumulation_steps, "accumulation step"), _count(plan.world_size, "device")
+        steps, devices = counted(plan.accumulation_steps, "accumulation step"), counted(plan.world_size, "device")
         rows.append(("global batch", f"{plan.global_batch_size:,} ({plan.batch_size:,} × {steps} × {devices})"))
-    return rows
-
-
-def _rate_rows(plan: BatchPlan) -> list[tuple[str, str]]:
-    if plan.lr is None:
-        return []
-    rows = [("learning rate", f"{plan.lr:.3g} ({plan.lr_rule}: {plan.lr_formula})")]
-    rule = RULES.get(plan.lr_rule or "")
-    if rule is not None and plan.lr_scale != 1:
-        rows.append(("  after", rule.evidence))
-    if len(plan.group_lrs) > 1:
-        rows.append(("  by group", ", ".join(f"{lr:.3g}" for lr in plan.group_lrs)))
-    if plan.warmup_steps != 0 and plan.base_lr is not None:
-        steps = "5 epochs" if plan.warmup_steps is None else _count(plan.warmup_steps, "optimizer step")
-        rows.append(("warm-up", f"linear, from {plan.base_lr:.3g} to {plan.lr:.3g} over the first {steps}"))
     return rows
 
 
 def _epoch_rows(plan: BatchPlan) -> list[tuple[str, str]]:
     if plan.iterations_per_epoch is None or plan.steps_per_epoch is None:
         return []
-    iterations = f"{plan.iterations_per_epoch:,} per epoch of {_count(plan.dataset_size or 0, 'row')}"
+    iterations = f"{plan.iterations_per_epoch:,} per epoch of {counted(plan.dataset_size or 0, 'row')}"
     if plan.last_batch_size != plan.batch_size:
-        iterations += f", the last of {_count(plan.last_batch_size or 0, 'row')}"
+        iterations += f", the last of {counted(plan.last_batch_size or 0, 'row')}"
     rows = [("iterations", iterations)]
     if plan.accumulation_steps > 1 or plan.total_steps is not None:
-        total = "" if plan.total_steps is None else f", {plan.total_steps:,} in {_count(plan.epochs or 0, 'epoch')}"
+        total = "" if plan.total_steps is None else f", {plan.total_steps:,} in {counted(plan.epochs or 0, 'epoch')}"
         rows.append(("optimizer steps", f"{plan.steps_per_epoch:,} per epoch{total}"))
     return rows
 
@@ -167,7 +154,7 @@ def _origin_rows(plan: BatchPlan) -> list[tuple[str, str]]:
     return [
         *rows,
         ("device", _device(plan.device, plan.device_description)),
-        ("evidence", f"{plan.evidence}: {_count(len(plan.probes), 'probe')}, {failed} of which did not fit"),
+        ("evidence", f"{plan.evidence}: {counted(len(plan.probes), 'probe')}, {failed} of which did not fit"),
     ]
 
 
@@ -223,7 +210,3 @@ def _percent(fraction: float) -> str:
 
 def _seconds(seconds: float) -> str:
     return f"{seconds * 1000:.3g} ms" if seconds < 1 else f"{seconds:.3g} s" if seconds < 1000 else f"{seconds:.0f} s"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -69,6 +69,8 @@ class SimulatedProber:
             has_optimizer=workload.optimizer is not None,
             has_batch_norm=workload.has_batch_norm,
             group_lrs=workload.group_lrs,
+            group_options=workload.group_options,
+            batch_norm_momentum=workload.batch_norm_momentum,
             optimizer_name=type(workload.optimizer).__name__ if workload.optimizer else "",
             dataset_size=workload.dataset_size,
             environment={

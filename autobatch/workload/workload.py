@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -56,9 +57,32 @@ class Workload:
         return held_by(*self.loss.functions, self.make_batch)
 
     @property
+    def group_options(self) -> tuple[dict[str, float], ...]:
+        """What a change of the batch size may scale beside the learning rates, by parameter group."""
+        return tuple(options_of(group, type(self.optimizer).__name__) for group in self.optimizer.param_groups) if self.optimizer else ()
+
+    @property
+    def batch_norm_momentum(self) -> float | None:
+        """Momentum of the model's first batch normalisation, ``None`` without one or where it averages over all batches."""
+        found = (module.momentum for module in self.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+        return next(found, None)
+
+    @property
     def has_batch_norm(self) -> bool:
         """Whether the model normalises over the rows of a batch."""
         return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.model.modules())
+
+
+def options_of(group: Mapping[str, Any], optimizer_name: str) -> dict[str, float]:
+    """Return the options of a parameter group that a change of the batch size may scale, as plain numbers."""
+    betas = group.get("betas") or ()
+    decoupled = group.get("decoupled_weight_decay", "adamw" in optimizer_name.lower())
+    found = {
+        **{f"beta{index}": beta for index, beta in enumerate(betas[:2], start=1)},
+        **{name: group[name] for name in ("alpha", "eps") if name in group},
+        "decoupled_weight_decay" if decoupled else "weight_decay": group.get("weight_decay"),
+    }
+    return {name: float(value) for name, value in found.items() if isinstance(value, (int, float, Tensor)) and math.isfinite(value)}
 
 
 def build_workload(
@@ -111,6 +135,11 @@ def _make_optimizer(model: nn.Module, optimizer: Any, mode: str) -> Optimizer | 
         optimizer = optimizer([p for p in model.parameters() if p.requires_grad])
         if not isinstance(optimizer, Optimizer):
             raise InvalidRequest(f"optimizer(params) returned a {type(optimizer).__name__}; it must return a torch.optim.Optimizer.")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise InvalidRequest(
+            "LBFGS runs the model several times a step, through a closure; a trial runs it once. Leave optimizer= out and add what LBFGS "
+            f"keeps to the margin: {optimizer.param_groups[0]['history_size']} × 2 copies of the parameters."
+        )
     own = set(model.parameters())
     stepped = [p for group in optimizer.param_groups for p in group["params"]]
     if not any(p in own for p in stepped):

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from autobatch.core.errors import InvalidRequest
-from autobatch.core.learning_rate import RULES, check_rule, group_rates, optimizer_family, scale
+from autobatch.core.learning_rate import RULES, check_rule, optimizer_family, scale
 from autobatch.core.options import PlanRequest
 from autobatch.core.records import MemoryReading, Setting
+from autobatch.core.scaling import group_rates
 
 UNKNOWN = 'the optimizer {}is not known: lr_rule "auto" took the more careful square root rule; name one with lr_rule='
 
@@ -133,7 +134,8 @@ def test_an_unknown_rule_is_told_with_those_known(rule: Any) -> None:
         with pytest.raises(InvalidRequest) as caught:
             refuse()
         assert str(caught.value) == (
-            f"lr_rule is {rule!r}; known: linear, sqrt, none, auto, or a callable rule(base_lr, global_batch, base_batch) -> learning rate."
+            f"lr_rule is {rule!r}; known: linear, sqrt, none, noise, sqrt-saturating, surge, auto, or a callable "
+            "rule(base_lr, global_batch, base_batch) -> learning rate."
         )
 
 
@@ -181,3 +183,81 @@ def test_without_a_usable_rate_there_is_none_and_the_remedy_is_told(groups: tupl
 def test_a_misspelt_rule_is_refused_before_anything_runs() -> None:
     with pytest.raises(InvalidRequest, match="lr_rule is 'liner'"):
         PlanRequest(lr_rule="liner")
+
+
+# McCandlish et al. 2018 give 15,000 rows as ImageNet's critical batch; linear would give 3.2, 6.4 and 25.6.
+@pytest.mark.parametrize(("batch", "lr"), [(256, 0.1), (8192, 2.105), (16384, 3.111), (65536, 4.849)])
+def test_the_noise_rule_saturates(batch: int, lr: float) -> None:
+    rate = scale("noise", 0.1, batch, 256, "SGD", noise_scale=15000)
+    assert rate.lr == pytest.approx(lr, rel=5e-4)
+    assert rate.formula == f"0.1 × (1 + 15000 / 256) / (1 + 15000 / {batch})"
+    assert "1812.06162" in rate.evidence
+
+
+def test_the_noise_rule_is_adascales_gain_and_tends_to_linear_and_to_a_limit() -> None:
+    gain = (15000 / 256 + 1) / (15000 / 256 / 32 + 1)
+    assert scale("noise", 1.0, 32 * 256, 256, noise_scale=15000).lr == pytest.approx(gain, rel=1e-12)
+    assert gain == pytest.approx(21.050, abs=5e-4)
+    assert scale("noise", 1.0, 512, 256, noise_scale=1e12).lr == pytest.approx(2)
+    assert scale("noise", 1.0, 2**40, 256, noise_scale=15000).lr == pytest.approx(1 + 15000 / 256, rel=1e-6)
+
+
+@pytest.mark.parametrize(("batch", "factor"), [(512, 1.3356), (1024, 1.7), (4096, 2.125), (16384, 1.7), (65536, 1.0)])
+def test_the_surge_rule_peaks_at_the_noise_scale(batch: int, factor: float) -> None:
+    assert scale("surge", 1.0, batch, 256, "Adam", noise_scale=4096).lr == pytest.approx(factor, abs=5e-5)
+
+
+def test_the_saturating_square_root_is_the_root_of_the_noise_rule() -> None:
+    noise, root = (scale(rule, 1.0, 8192, 256, noise_scale=15000).lr for rule in ("noise", "sqrt-saturating"))
+    assert root == pytest.approx(noise**0.5)
+
+
+@pytest.mark.parametrize("rule", ["noise", "sqrt-saturating", "surge"])
+def test_a_rule_without_its_noise_scale_is_refused_with_the_way_to_one(rule: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        PlanRequest(lr_rule=rule)
+    assert str(caught.value) == (
+        f'lr_rule "{rule}" needs the gradient noise scale in rows, and none was given. autobatch.noise_scale(model, loader, loss_fn) '
+        "measures it; pass noise_scale= (--noise-scale), or take a rule that needs none: linear, sqrt."
+    )
+
+
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, "2000", True])
+def test_a_noise_scale_that_is_none_is_refused(value: Any) -> None:
+    with pytest.raises(InvalidRequest, match="noise_scale is"):
+        PlanRequest(noise_scale=value)
+
+
+@pytest.mark.parametrize("value", [0, -0.1, math.nan, math.inf, "0.1", True])
+def test_a_base_learning_rate_that_is_none_is_refused(value: Any) -> None:
+    with pytest.raises(InvalidRequest, match="base_lr is .*; a learning rate above zero is wanted"):
+        PlanRequest(base_lr=value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"base_batch_size": 0}, "base_batch_size is 0; a whole number of 1 or more"),
+        ({"global_batch_size": 3, "world_size": 4}, "global_batch_size 3 is below the 4 devices: some would have no row"),
+        ({"dataset_size": 3, "world_size": 4, "drop_last": True}, "a data set of 3 rows gives 4 devices no row each"),
+    ],
+)
+def test_sizes_that_leave_a_device_without_a_row_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        PlanRequest(**options)
+
+
+# timm's train.py takes the square root where the name contains "ada" or "lamb" and linear elsewhere.
+@pytest.mark.parametrize("name", ["adam", "adamw", "nadam", "radam", "adafactor", "adagrad", "adadelta", "adabelief", "adan", "lamb"])
+def test_auto_agrees_with_timm(name: str) -> None:
+    assert scale("auto", 0.1, 512, 256, name).rule == "sqrt"
+
+
+@pytest.mark.parametrize("name", ["rmsprop", "lion", "muon", "SignSGD"])
+def test_auto_takes_the_square_root_for_every_adaptive_family(name: str) -> None:
+    assert scale("auto", 0.1, 512, 256, name).rule == "sqrt"
+
+
+def test_eight_devices_at_the_rate_of_one() -> None:
+    assert scale("linear", 1e-3, 8, 1).lr == pytest.approx(8e-3)
+    assert scale("sqrt", 1e-3, 8, 1).lr == pytest.approx(2.828e-3, rel=1e-3)

@@ -88,6 +88,7 @@ def test_learning_rates_come_from_the_optimizers_groups() -> None:
         ({"mode": "test"}, "mode is 'test'; known: train, eval"),
         ({"precision": "fp8"}, "precision is 'fp8'; known: fp32, bf16, fp16"),
         ({"optimizer": "sgd"}, "optimizer is a str; give an Optimizer or a function"),
+        ({"optimizer": torch.optim.LBFGS}, r"LBFGS runs the model several times a step.*: 100 × 2 copies of the parameters"),
         ({"optimizer": lambda params: list(params)}, r"optimizer\(params\) returned a list"),
         (
             {"optimizer": torch.optim.SGD(nn.Linear(1, 1).parameters())},
