@@ -38,6 +38,7 @@ def find(
     steps: int = 3,
     time_limit: float | None = None,
     objective: str = "memory",
+    fast_enough: float = 0.97,
     base_lr: float | None = None,
     base_batch_size: int = 256,
     lr_rule: str | Callable[[float, int, int], float] = "linear",
@@ -69,7 +70,8 @@ def find(
         tolerance: relative distance to the true maximum at which the search may stop; 0 for exact.
         steps: training steps a trial runs, 2 or more.
         time_limit: seconds for the whole search; the best size proven by then is confirmed and returned.
-        objective: ``"memory"`` for the largest, ``"throughput"`` for the smallest within 3 % of the best samples per second measured.
+        objective: ``"memory"`` for the largest, ``"throughput"`` for the smallest that is fast enough.
+        fast_enough: which share of the best measured samples per second that is.
         base_lr, base_batch_size: a learning rate and the global batch size it was tuned at; by default the optimizer's own.
         lr_rule: ``"linear"``, ``"sqrt"``, ``"none"``, ``"auto"``, or ``rule(base_lr, global_batch_size, base_batch_size) -> lr``.
         global_batch_size: rows one optimizer step should see; gives the accumulation steps.
@@ -103,6 +105,7 @@ def find(
         dataset_size=dataset_size,
         epochs=epochs,
         objective=objective,
+        fast_enough=fast_enough,
     )
     what = {
         "model": model,

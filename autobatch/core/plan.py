@@ -14,6 +14,7 @@ from autobatch.core.options import PlanRequest
 from autobatch.core.plan_notes import plan_notes
 from autobatch.core.record_json import from_plain, to_plain
 from autobatch.core.records import Probe, SearchSpace, Setting
+from autobatch.core.throughput import Throughput, fit_throughput, step_times
 
 SCHEMA = 1
 # Goyal et al. 2017 ramp the learning rate up over the first five epochs.
@@ -96,6 +97,7 @@ class BatchPlan(ForTraining):
         margin: fraction of the budget kept free.
         seconds_per_step: median wall time of one batch.
         samples_per_second: rows per second on one device.
+        throughput: the line through the probes' step times, where two sizes were timed.
         device: device name as torch writes it.
         device_description: what the device is.
         environment: versions and machine, name to text.
@@ -137,6 +139,7 @@ class BatchPlan(ForTraining):
     margin: float
     seconds_per_step: float | None = None
     samples_per_second: float | None = None
+    throughput: Throughput | None = None
     device: str
     device_description: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -221,6 +224,7 @@ def make_plan(
         exact=exact,
         evidence=setting.evidence,
         probes=tuple(probes),
+        throughput=fit_throughput(step_times(probes), request.fast_enough),
         **_epoch_fields(setting, request, batch_size, steps),
         **_rate_fields(rates, request),
         **_measured_fields(setting, probes, batch_size),

@@ -23,7 +23,7 @@ def plan_notes(plan: BatchPlan, setting: Setting, request: PlanRequest, space: S
     notes += [note for probe in plan.probes for note in probe.notes]
     if setting.mode == "train" and setting.has_batch_norm:
         notes += _batch_norm(plan)
-    return notes + _global_batch(plan, request) + _data_set(plan) + _search(plan, space)
+    return notes + _global_batch(plan, request) + _data_set(plan) + _speed(plan) + _search(plan, space)
 
 
 def _batch_norm(plan: BatchPlan) -> list[str]:
@@ -61,6 +61,16 @@ def _data_set(plan: BatchPlan) -> list[str]:
     if plan.limited_by == "dataset" and plan.steps_per_epoch == 1:
         return [f"all {rows:,} rows of the data set are in one batch: an epoch is one optimizer step; max_batch_size= gives more"]
     return []
+
+
+def _speed(plan: BatchPlan) -> list[str]:
+    line = plan.throughput
+    if plan.limited_by != "throughput" or line is None or line.residual is None or line.holds:
+        return []
+    return [
+        f"step times are up to {line.residual:.0%} off a + b × rows, because kernels work in whole tiles or the machine was busy: the "
+        "batch size is the smallest of those timed, multiples of 64 and of 8 among them, that is fast enough; there may be a smaller one"
+    ]
 
 
 def _search(plan: BatchPlan, space: SearchSpace) -> list[str]:

@@ -25,6 +25,7 @@ class SyntheticWorkload:
         confirmation: what a confirming trial needs, as a multiple of a plain one: fragmentation, caches, later steps.
         step_seconds: seconds every step takes.
         row_seconds: seconds each row adds to it.
+        tile: rows that are computed together: a step takes as long as one of the next multiple of it.
     """
 
     capacity: int
@@ -37,6 +38,7 @@ class SyntheticWorkload:
     confirmation: float = 1.0
     step_seconds: float = 0.0
     row_seconds: float = 0.0
+    tile: int = 1
 
     def peaks(self, batch_size: int) -> tuple[int, int]:
         """Return the bytes at the highest point of forward and backward, and of the optimizer step."""
@@ -91,7 +93,7 @@ class SyntheticProber:
             steps=steps,
             forward_backward=Peak(allocated=forward_backward) if self._readable else None,
             optimizer=Peak(allocated=optimizer) if self._readable and self._workload.optimizer > 0 else None,
-            seconds_per_step=work.step_seconds + work.row_seconds * batch_size or None,
+            seconds_per_step=work.step_seconds + work.row_seconds * -(-batch_size // work.tile) * work.tile or None,
             confirmation=confirm,
         )
 
