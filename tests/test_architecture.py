@@ -100,9 +100,9 @@ def test_exported_names_are_sorted_documented_and_importable() -> None:
         if name != "__version__":
             assert getattr(autobatch, name).__doc__
     assert set(autobatch.__all__) == {
-        "AutobatchError", "BatchPlan", "DeviceUnavailable", "InvalidRequest", "MemoryReading", "NoBatchSizeFits", "Outcome", "Peak",
-        "Probe", "Setting", "Trying", "WorkerFailed", "Workload", "WorkloadFailed", "__version__", "build_workload", "estimate", "find",
-        "search",
+        "AutobatchError", "BatchPlan", "DeviceUnavailable", "InvalidRequest", "MemoryReading", "NoBatchSizeFits", "NoiseMeter",
+        "NoiseScale", "Outcome", "Peak", "Probe", "Setting", "Trying", "WorkerFailed", "Workload", "WorkloadFailed", "__version__",
+        "build_workload", "estimate", "find", "noise_scale", "search",
     }  # fmt: skip
     with pytest.raises(AttributeError, match="no attribute 'fnid'"):
         autobatch.fnid  # noqa: B018
