@@ -195,8 +195,8 @@ def test_the_options_are_frozen() -> None:
             "--multiple-of", "--optimizer", "--precision", "--tolerance", "target",
         ],
         "probe": [
-            "--base-batch-size", "--base-lr", "--dataset-size", "--device", "--epochs", "--format", "--global-batch-size", "--json",
-            "--lr-rule", "--margin", "--max-batch-size", "--memory-budget", "--min-batch-size", "--mode", "--multiple-of",
+            "--base-batch-size", "--base-lr", "--dataset-size", "--device", "--epochs", "--fast-enough", "--format", "--global-batch-size",
+            "--json", "--lr-rule", "--margin", "--max-batch-size", "--memory-budget", "--min-batch-size", "--mode", "--multiple-of",
             "--objective", "--optimizer", "--precision", "--probe-timeout", "--steps", "--time-limit", "--tolerance", "target",
         ],
     }  # fmt: skip

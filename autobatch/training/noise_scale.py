@@ -33,8 +33,9 @@ class NoiseMeter:
         noise = meter.noise_scale()
 
     Gradients must be zero or ``None`` where a window begins, and a loss must be a mean over rows, or a sum; dividing it by the number of
-    micro-batches changes nothing, nor does a gradient scaler's factor while it stays. Under ``DistributedDataParallel`` a rank's own gradients are read before they are reduced, the reduced
-    ones by ``window``; every rank must make the same calls. Nothing waits for the device before ``noise_scale``.
+    micro-batches changes nothing, nor does a gradient scaler's factor while it stays. Under ``DistributedDataParallel`` a rank's own
+    gradients are read before they are reduced, the reduced ones by ``window``; every rank must make the same calls. Nothing waits for the
+    device before ``noise_scale``.
 
     Args:
         model: the module, or its ``DistributedDataParallel`` wrapper.
