@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from autobatch.core.errors import NoBatchSizeFits as NoBatchSizeFits
     from autobatch.core.errors import WorkerFailed as WorkerFailed
     from autobatch.core.errors import WorkloadFailed as WorkloadFailed
+    from autobatch.core.noise_scale import NoiseScale as NoiseScale
     from autobatch.core.plan import BatchPlan as BatchPlan
     from autobatch.core.records import MemoryReading as MemoryReading
     from autobatch.core.records import Outcome as Outcome
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from autobatch.estimator import estimate as estimate
     from autobatch.finder import find as find
     from autobatch.finder import search as search
+    from autobatch.training.noise_scale import NoiseMeter as NoiseMeter
+    from autobatch.training.noise_scale import noise_scale as noise_scale
     from autobatch.training.resilient import resilient as resilient
     from autobatch.workload.workload import Workload as Workload
     from autobatch.workload.workload import build_workload as build_workload
@@ -40,6 +43,8 @@ _HOMES = {
     "InvalidRequest": "autobatch.core.errors",
     "MemoryReading": "autobatch.core.records",
     "NoBatchSizeFits": "autobatch.core.errors",
+    "NoiseMeter": "autobatch.training.noise_scale",
+    "NoiseScale": "autobatch.core.noise_scale",
     "Outcome": "autobatch.core.records",
     "Peak": "autobatch.core.records",
     "Probe": "autobatch.core.records",
@@ -53,6 +58,7 @@ _HOMES = {
     "build_workload": "autobatch.workload.workload",
     "estimate": "autobatch.estimator",
     "find": "autobatch.finder",
+    "noise_scale": "autobatch.training.noise_scale",
     "resilient": "autobatch.training.resilient",
     "search": "autobatch.finder",
 }

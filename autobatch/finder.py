@@ -39,6 +39,7 @@ def find(
     steps: int = 3,
     time_limit: float | None = None,
     objective: str = "memory",
+    fast_enough: float = 0.97,
     base_lr: float | None = None,
     base_batch_size: int = 256,
     lr_rule: str | Callable[[float, int, int], float] = "linear",
@@ -74,7 +75,8 @@ def find(
         steps: training steps a trial runs, 2 or more.
         time_limit: seconds for the whole search; the best size proven by then is confirmed and returned. A worker is stopped in the
             middle of a trial, in this process a trial that has begun is finished.
-        objective: ``"memory"`` for the largest, ``"throughput"`` for the smallest within 3 % of the best samples per second measured.
+        objective: ``"memory"`` for the largest, ``"throughput"`` for the smallest that is fast enough.
+        fast_enough: which share of the best measured samples per second that is.
         base_lr, base_batch_size: a learning rate and the global batch size it was tuned at; by default the optimizer's own.
         lr_rule: ``"linear"``, ``"sqrt"``, ``"none"``, ``"auto"`` (by the optimizer's class), ``"noise"``, ``"sqrt-saturating"`` or
             ``"surge"`` (with a noise scale), or ``rule(base_lr, global_batch_size, base_batch_size) -> lr``.
@@ -115,6 +117,7 @@ def find(
         epochs=epochs,
         drop_last=drop_last,
         objective=objective,
+        fast_enough=fast_enough,
     )
     what = {
         "model": model,

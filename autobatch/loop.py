@@ -14,12 +14,11 @@ from autobatch.core.plan import BatchPlan, make_plan, micro_batch
 from autobatch.core.records import Outcome, Probe, Setting, Trying
 from autobatch.core.search import Ending, Search
 from autobatch.core.spilling import spilled
+from autobatch.core.throughput import fast_enough, next_to_time, step_times
 from autobatch.core.units import format_bytes
 
 Progress = Callable[[Setting | Trying | Probe], None]
 
-# A size is worth less memory when it is this close to the fastest one measured.
-_FAST_ENOUGH = 0.97
 # What a wall says of the limit; any other is memory.
 _LIMITS = {Outcome.KERNEL_LIMIT: "kernel_limit", Outcome.CRASHED: "crash"}
 # How torch's batch normalisation says that one value per channel has no variance.
@@ -60,12 +59,13 @@ class Run:
         self._search = Search(self._space, self._model)
         self._deadline = None if options.time_limit is None else time.monotonic() + options.time_limit
         self._walls: dict[int, Probe] = {}
+        self._confirmed: set[int] = set()
         self._notes: list[str] = []
         self._narrowed = False
         self.probes: list[Probe] = []
 
     def plan(self) -> BatchPlan:
-        """Return the plan for the largest batch size that was run, confirmed, and fits.
+        """Return the plan for the largest batch size that was run, confirmed, and fits, or for the smallest of them that is fast enough.
 
         Raises:
             NoBatchSizeFits: not even the smallest permitted size fits.
@@ -73,12 +73,17 @@ class Run:
         self._progress(self._setting)
         while True:
             self._explore()
-            chosen = self._chosen()
-            probe = self._probe(chosen, steps=max(5, 2 * self._options.steps), confirm=True)
-            narrowed = self._take_in_a_neighbour()
-            if probe.outcome.fits:
+            untimed, chosen, narrowed = self._untimed(), self._chosen(), False
+            if untimed is not None:
+                probe = self._probe(untimed, steps=self._options.steps)
+            elif chosen in self._confirmed:
                 return self._finish(chosen)
-            self._reject(chosen, probe, narrowed)
+            else:
+                probe = self._probe(chosen, steps=max(5, 2 * self._options.steps), confirm=True)
+                self._confirmed.add(chosen)
+                narrowed = self._take_in_a_neighbour()
+            if not probe.outcome.fits:
+                self._reject(probe, narrowed)
 
     def _take_in_a_neighbour(self) -> bool:
         """Return whether the prober has found less memory than before, and go by that from now on."""
@@ -86,22 +91,23 @@ class Run:
         self._setting = self._prober.setting
         return narrowed
 
-    def _reject(self, chosen: int, probe: Probe, narrowed: bool) -> None:
-        """Search on below a size that has failed its confirmation.
+    def _reject(self, probe: Probe, narrowed: bool) -> None:
+        """Search on below a size that was thought to fit and does not.
 
         Raises:
             DeviceUnavailable: memory went to a neighbour twice.
         """
+        size = probe.batch_size
         if narrowed and self._narrowed:
-            raise DeviceUnavailable(_neighbours(self._setting, chosen))
+            raise DeviceUnavailable(_neighbours(self._setting, size))
         self._narrowed = self._narrowed or narrowed
-        self._search.reject(chosen)
+        self._search.reject(size)
         for known in self.probes:
             if (known.peak_allocated or 0) > self._setting.cap and known.batch_size <= (self._search.best or 0):
                 self._search.reject(known.batch_size)
         if not narrowed:
-            reason = probe.message or "no reason was given"
-            self._notes.append(f"batch size {chosen} fitted once and failed the longer trial that was to confirm it: {reason}")
+            what = "fitted once and failed the longer trial that was to confirm it" if probe.confirmation else "did not fit though more did"
+            self._notes.append(f"batch size {size} {what}: {probe.message or 'no reason was given'}")
 
     def _explore(self) -> None:
         """Probe until the search has ended or the time is up."""
@@ -157,15 +163,21 @@ class Run:
                 smallest=self._space.first,
             )
             return share.batch_size
-        if self._request.objective == "throughput":
-            return self._fast_enough(best)
-        return best
+        return (self._for_speed and fast_enough(self._times(), self._request.fast_enough)) or best
 
-    def _fast_enough(self, best: int) -> int:
-        """Return the smallest size that was run at 97 % or more of the best measured samples per second."""
-        rates = {p.batch_size: p.samples_per_second for p in self.probes if p.outcome.fits and p.batch_size <= best}
-        measured = {size: rate for size, rate in rates.items() if rate is not None}
-        return min((size for size, rate in measured.items() if rate >= _FAST_ENOUGH * max(measured.values())), default=best)
+    @property
+    def _for_speed(self) -> bool:
+        return self._request.objective == "throughput" and self._request.global_batch_size is None
+
+    def _times(self) -> dict[int, float]:
+        return step_times(self.probes, self._search.best)
+
+    def _untimed(self) -> int | None:
+        """Return the size whose time would tell which one is fast enough, ``None`` when that is known or not asked."""
+        best = self._search.best
+        if not self._for_speed or best is None or self._out_of_time():
+            return None
+        return next_to_time(self._times(), self._space, best, self._request.fast_enough)
 
     def _finish(self, chosen: int) -> BatchPlan:
         search = self._search
@@ -187,7 +199,7 @@ class Run:
 
     def _limited_by(self, chosen: int, best: int) -> str:
         request, space = self._request, self._space
-        if chosen < best and request.objective == "throughput" and request.global_batch_size is None:
+        if chosen < best and self._for_speed:
             return "throughput"
         if self._search.ending is None:
             return "time_limit"

@@ -101,9 +101,9 @@ def test_exported_names_are_sorted_documented_and_importable() -> None:
         if name != "__version__":
             assert getattr(autobatch, name).__doc__
     assert set(autobatch.__all__) == {
-        "AutobatchError", "BatchPlan", "DeviceUnavailable", "InvalidRequest", "MemoryReading", "NoBatchSizeFits", "Outcome", "Peak",
-        "Probe", "Ramp", "Scaled", "Setting", "Trying", "WorkerFailed", "Workload", "WorkloadFailed", "__version__", "build_workload",
-        "estimate", "find", "resilient", "search",
+        "AutobatchError", "BatchPlan", "DeviceUnavailable", "InvalidRequest", "MemoryReading", "NoBatchSizeFits", "NoiseMeter",
+        "NoiseScale", "Outcome", "Peak", "Probe", "Ramp", "Scaled", "Setting", "Trying", "WorkerFailed", "Workload", "WorkloadFailed",
+        "__version__", "build_workload", "estimate", "find", "noise_scale", "resilient", "search",
     }  # fmt: skip
     with pytest.raises(AttributeError, match="no attribute 'fnid'"):
         autobatch.fnid  # noqa: B018

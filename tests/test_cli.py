@@ -198,10 +198,10 @@ def test_the_options_are_frozen() -> None:
         ],
         "explain": ["file"],
         "probe": [
-            "--base-batch-size", "--base-lr", "--cache", "--dataset-size", "--device", "--drop-last", "--epochs", "--format",
-            "--global-batch-size", "--json", "--lr-rule", "--margin", "--max-batch-size", "--memory-budget", "--min-batch-size",
-            "--mode", "--multiple-of", "--noise-scale", "--objective", "--optimizer", "--precision", "--probe-timeout", "--steps",
-            "--time-limit", "--tolerance", "target",
+            "--base-batch-size", "--base-lr", "--cache", "--dataset-size", "--device", "--drop-last", "--epochs", "--fast-enough",
+            "--format", "--global-batch-size", "--json", "--lr-rule", "--margin", "--max-batch-size", "--memory-budget",
+            "--min-batch-size", "--mode", "--multiple-of", "--noise-scale", "--objective", "--optimizer", "--precision",
+            "--probe-timeout", "--steps", "--time-limit", "--tolerance", "target",
         ],
     }  # fmt: skip
     assert {name: command.params for name, command in cache.commands.items()} == {"clear": [], "list": []}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -71,7 +72,8 @@ def test_a_size_below_the_wall_that_fails_is_survived() -> None:
         """Sizes above 256 that are no multiple of 64 are padded to nothing that fits."""
 
         def probe(self, batch_size: int, *, steps: int = 3, confirm: bool = False) -> Probe:
-            return super().probe(100_000 if batch_size > 256 and batch_size % 64 else batch_size, steps=steps, confirm=confirm)
+            padded = 100_000 if batch_size > 256 and batch_size % 64 else batch_size
+            return dataclasses.replace(super().probe(padded, steps=steps, confirm=confirm), batch_size=batch_size)
 
     for global_batch in (None, 1000):
         prober = Padded(SyntheticWorkload(**CARD), readable=False)
@@ -158,12 +160,53 @@ def test_a_global_batch_beyond_memory_is_accumulated_in_equal_parts() -> None:
     assert plan.probes[-1].batch_size == 334
 
 
-def test_throughput_takes_the_smallest_size_that_is_nearly_as_fast() -> None:
-    plan = plan_of({"step_seconds": 0.1, "row_seconds": 0.01}, readable=False, objective="throughput", tolerance=0)
-    rates = {p.batch_size: p.samples_per_second for p in plan.probes if p.outcome.fits}
-    fast = [size for size, rate in rates.items() if rate is not None and rate >= 0.97 * max(r for r in rates.values() if r)]
-    assert plan.batch_size == min(fast)
-    assert (plan.limited_by, plan.best) == ("throughput", 450)
+SPEED = {"step_seconds": 0.1, "row_seconds": 0.01}
+
+
+@pytest.mark.parametrize("readable", [True, False])
+@pytest.mark.parametrize(("fast_enough", "knee"), [(0.97, 186), (0.9, 74), (0.5, 10)])
+def test_throughput_times_the_predicted_knee_and_returns_it_confirmed(readable: bool, fast_enough: float, knee: int) -> None:
+    plan = plan_of(SPEED, readable=readable, objective="throughput", fast_enough=fast_enough, tolerance=0)
+    assert (plan.batch_size, plan.limited_by, plan.best) == (knee, "throughput", 450)
+    assert sizes(plan)[-2:] == [str(knee), f"{knee} confirmed"]
+    times = {size: (0.1 + 0.01 * size) for size in (knee, knee - 1, 450)}
+    rates = {size: size / seconds for size, seconds in times.items()}
+    assert rates[knee] >= fast_enough * rates[450] > rates[knee - 1]
+
+
+def test_every_plan_keeps_the_line_through_its_step_times() -> None:
+    line = plan_of(SPEED).throughput
+    assert line is not None
+    assert (line.seconds_per_batch, line.seconds_per_sample) == (pytest.approx(0.1), pytest.approx(0.01))
+    assert (line.holds, line.fraction, line.knee) == (True, 0.97, 186)
+    assert plan_of().throughput is None
+
+
+def test_step_times_that_go_in_tiles_are_measured_at_whole_tiles() -> None:
+    plan = plan_of({"step_seconds": 0.05, "row_seconds": 0.01, "tile": 64}, objective="throughput", tolerance=0)
+    assert (plan.batch_size, plan.limited_by, plan.best) == (128, "throughput", 450)
+    assert {"448", "128", "128 confirmed"} <= set(sizes(plan))
+    assert plan.throughput is not None
+    assert not plan.throughput.holds
+    assert any(note.startswith("step times are up to") and "multiples of 64 and of 8" in note for note in plan.notes)
+
+
+def test_a_throughput_size_that_fails_its_confirmation_sends_the_search_below() -> None:
+    plan = plan_of({**SPEED, "confirmation": 5.0}, objective="throughput", tolerance=0)
+    tried = [probe for probe in plan.probes if probe.confirmation]
+    assert [probe.outcome.fits for probe in tried] == [False] * (len(tried) - 1) + [True]
+    assert len(tried) > 1
+    assert plan.batch_size == tried[-1].batch_size < tried[-2].batch_size
+
+
+def test_where_rows_are_free_memory_is_the_limit() -> None:
+    plan = plan_of({"step_seconds": 0.1}, readable=False, objective="throughput", tolerance=0, max_batch_size=256)
+    assert (plan.batch_size, plan.limited_by) == (256, "max_batch_size")
+
+
+def test_a_global_batch_says_what_the_size_is_whatever_the_objective() -> None:
+    plan = plan_of(SPEED, objective="throughput", global_batch_size=640)
+    assert (plan.batch_size, plan.accumulation_steps, plan.limited_by) == (320, 2, "memory")
 
 
 def test_a_time_limit_returns_the_best_by_then() -> None:
@@ -200,6 +243,8 @@ def test_what_the_target_names_counts_where_nothing_else_was_asked() -> None:
         ({"base_lr": float("nan")}, "base_lr is nan"),
         ({"lr_rule": "cubic"}, "lr_rule is 'cubic'; known: linear, sqrt, none, noise"),
         ({"objective": "speed"}, "objective is 'speed'"),
+        ({"fast_enough": 1.0}, r"fast_enough is 1\.0; a fraction between 0 and 1"),
+        ({"fast_enough": float("nan")}, "fast_enough is nan"),
         ({"epochs": 0}, "epochs is 0"),
     ],
 )

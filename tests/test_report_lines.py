@@ -283,3 +283,17 @@ def test_a_global_batch_in_one_piece_says_that_nothing_is_accumulated() -> None:
     shown = "none: one batch is all of a device's share of the global batch"
     assert row(plan_of(request=request, limited_by="global_batch_size"), "accumulation") == shown
     assert row(plan_of(), "accumulation") is None
+
+
+def test_the_knee_is_shown_with_its_line_or_why_there_is_none() -> None:
+    times = {64: 0.2, 100: 0.29, 118: 0.335}
+    probes = [Probe(batch_size=size, outcome=Outcome.FIT, seconds_per_step=seconds) for size, seconds in times.items()]
+    assert (
+        row(plan_of(probes=probes), "knee")
+        == "94 rows for 97 % of the best samples/s (40 ms per batch + 2.5 ms per row, 0 % off at the most)"
+    )
+    tiled = [*probes, Probe(batch_size=80, outcome=Outcome.FIT, seconds_per_step=0.3)]
+    off = row(plan_of(probes=tiled), "knee")
+    assert off is not None
+    assert off.startswith("not predicted: times are on no line of a + b × rows (")
+    assert row(plan_of(), "knee") is None

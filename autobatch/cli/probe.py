@@ -11,7 +11,7 @@ import click
 from autobatch.cli.progress import Display
 from autobatch.cli.say import say
 from autobatch.core.learning_rate import RULES
-from autobatch.core.options import PlanRequest, SearchOptions
+from autobatch.core.options import FAST_ENOUGH, PlanRequest, SearchOptions
 from autobatch.core.plan import BatchPlan
 from autobatch.report.lines import answer_line, args_line, env_lines, plan_lines
 
@@ -35,6 +35,7 @@ _STEP = ("precision", "mode", "optimizer", "base_lr")
 @click.option("--time-limit", type=float, metavar="SECONDS", help="For the whole search; the best size proven by then is returned.")
 @click.option("--probe-timeout", type=float, default=600.0, show_default=True, metavar="SECONDS", help="For one probe.")
 @click.option("--objective", type=click.Choice(["memory", "throughput"]), default="memory", show_default=True)
+@click.option("--fast-enough", type=float, default=FAST_ENOUGH, show_default=True, help="Share of the best samples/s for throughput.")
 @click.option("--mode", type=click.Choice(["train", "eval"]), help="eval: forward passes without gradients.")
 @click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="Autocast; fp16 with a gradient scaler.")
 @click.option("--optimizer", metavar="NAME", help="One of torch.optim by name (sgd, adamw, …) or none, in place of the target's.")

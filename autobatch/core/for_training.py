@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
+    from autobatch.core.noise_scale import NoiseScale
     from autobatch.core.plan import BatchPlan
     from autobatch.core.scaling import Scaled
     from autobatch.core.schedule import Ramp
@@ -168,3 +169,13 @@ class ForTraining:
         from autobatch.training import loading
 
         return loading.dataloader(cast("BatchPlan", self), dataset, rank=rank, seed=seed, **options)
+
+    def with_noise_scale(self, noise: NoiseScale) -> BatchPlan:
+        """Return this plan with notes on what ``noise``, from ``autobatch.noise_scale``, means for it.
+
+        They say which constraint ends the use of larger batches first (memory, throughput or convergence), and at which size the time to
+        a given loss is least. The batch size stays as it is: the noise scale is near zero at initialisation and grows.
+        """
+        from autobatch.core.convergence import with_noise_scale
+
+        return with_noise_scale(cast("BatchPlan", self), noise)

@@ -12,6 +12,9 @@ from autobatch.core.learning_rate import BASE_BATCH_SIZE, check_rule, is_positiv
 from autobatch.core.records import DEFAULT_MAX_BATCH_SIZE, SearchSpace
 from autobatch.core.units import counted, divide_up
 
+# A size is worth less memory when its samples per second are this close to the best.
+FAST_ENOUGH = 0.97
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRequest:
@@ -28,6 +31,7 @@ class PlanRequest:
         drop_last: whether loader and sampler leave out what does not fill a batch or share out equally.
         world_size: ranks training together.
         objective: ``"memory"`` or ``"throughput"``.
+        fast_enough: share of the best measured samples per second that ``"throughput"`` asks for.
     """
 
     base_lr: float | None = None
@@ -40,6 +44,7 @@ class PlanRequest:
     drop_last: bool = False
     world_size: int = 1
     objective: str = "memory"
+    fast_enough: float = FAST_ENOUGH
 
     def __post_init__(self) -> None:
         counts = ("base_batch_size", "global_batch_size", "dataset_size", "epochs", "world_size")
@@ -51,6 +56,8 @@ class PlanRequest:
             raise InvalidRequest(f"base_lr is {self.base_lr!r}; a learning rate above zero is wanted, for example 0.1.")
         if self.objective not in ("memory", "throughput"):
             raise InvalidRequest(f"objective is {self.objective!r}; known: memory, throughput.")
+        if not (isinstance(self.fast_enough, (int, float)) and 0 < self.fast_enough < 1):
+            raise InvalidRequest(f"fast_enough is {self.fast_enough!r}; a fraction between 0 and 1 is wanted, for example 0.95.")
         check_rule(self.lr_rule, self.noise_scale)
         self._check_shares()
 

@@ -17,6 +17,7 @@ from autobatch.core.record_json import from_plain, to_plain
 from autobatch.core.records import Probe, SearchSpace, Setting
 from autobatch.core.scaling import WARMUP_EPOCHS, GroupRates, Scaled, group_rates, what_scales
 from autobatch.core.text import plain
+from autobatch.core.throughput import Throughput, fit_throughput, step_times
 from autobatch.core.units import divide_up
 
 SCHEMA = 1
@@ -66,6 +67,7 @@ class BatchPlan(ForTraining):
         margin: fraction of the budget kept free.
         seconds_per_step: median wall time of one batch.
         samples_per_second: rows per second on one device.
+        throughput: the line through the probes' step times, where two sizes were timed.
         device: device name as torch writes it.
         device_description: what the device is.
         environment: versions and machine, name to text.
@@ -112,6 +114,7 @@ class BatchPlan(ForTraining):
     margin: float
     seconds_per_step: float | None = None
     samples_per_second: float | None = None
+    throughput: Throughput | None = None
     device: str
     device_description: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -196,6 +199,7 @@ def make_plan(
         exact=exact,
         evidence=setting.evidence,
         probes=tuple(probes),
+        throughput=fit_throughput(step_times(probes), request.fast_enough),
         **_epoch_fields(setting, request, batch_size, steps),
         **_rate_fields(rates, setting, request),
         **_measured_fields(setting, probes, batch_size),

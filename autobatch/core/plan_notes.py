@@ -25,7 +25,7 @@ def plan_notes(plan: BatchPlan, setting: Setting, request: PlanRequest, space: S
     notes += [note for probe in plan.probes for note in probe.notes]
     if setting.mode == "train" and setting.has_batch_norm:
         notes += _batch_norm(plan)
-    return notes + _global_batch(plan, request) + _data_set(plan) + _search(plan, space)
+    return notes + _global_batch(plan, request) + _data_set(plan) + _speed(plan) + _search(plan, space)
 
 
 def _batch_norm(plan: BatchPlan) -> list[str]:
@@ -77,6 +77,16 @@ def _shares(plan: BatchPlan, rows: int) -> list[str]:
     return [
         f"{rows:,} rows over {plan.world_size:,} devices: DistributedSampler repeats {counted(repeated, 'row')} an epoch so that all have "
         f"{share(rows, plan.world_size):,}; drop_last=True leaves out {over:,} instead"
+    ]
+
+
+def _speed(plan: BatchPlan) -> list[str]:
+    line = plan.throughput
+    if plan.limited_by != "throughput" or line is None or line.residual is None or line.holds:
+        return []
+    return [
+        f"step times are up to {line.residual:.0%} off a + b × rows, because kernels work in whole tiles or the machine was busy: the "
+        "batch size is the smallest of those timed, multiples of 64 and of 8 among them, that is fast enough; there may be a smaller one"
     ]
 
 

@@ -7,6 +7,7 @@ import textwrap
 from autobatch.core.plan import BatchPlan
 from autobatch.core.records import Outcome, Probe, ProcessMemory, Setting
 from autobatch.core.text import plain as plain
+from autobatch.core.throughput import Throughput
 from autobatch.core.units import counted, format_bytes
 from autobatch.report.scaling import rate_rows
 
@@ -150,6 +151,8 @@ def _origin_rows(plan: BatchPlan) -> list[tuple[str, str]]:
     if plan.seconds_per_step is not None:
         rate = "" if plan.samples_per_second is None else f", {plan.samples_per_second:,.4g} samples/s"
         rows.append(("speed", f"{_seconds(plan.seconds_per_step)} per step{rate}"))
+    if plan.throughput is not None and plan.throughput.residual is not None:
+        rows.append(("  knee", _knee(plan.throughput)))
     failed = sum(not probe.outcome.fits for probe in plan.probes)
     return [
         *rows,
@@ -168,13 +171,26 @@ def _limit(plan: BatchPlan) -> str:
         "max_batch_size": f"max_batch_size: {best} fits and nothing larger is permitted",
         "dataset": f"dataset: {best} fits, and a larger batch would be more than the data set has",
         "global_batch_size": f"global_batch_size: {best} fits and is all of a device's share",
-        "throughput": f"throughput: {best} fits too, but is hardly faster (3 % or less)",
+        "throughput": f"throughput: {best} fits too, but is hardly faster{_gain(plan)}",
         "time_limit": f"time_limit: the search was stopped when {best} was the largest size known to fit",
     }
     share = ""
     if plan.batch_size < plan.best and plan.limited_by != "throughput":
         share = f"; {best} fits, and {plan.batch_size:,} is the equal share of the global batch"
     return sentences.get(plan.limited_by, plan.limited_by) + share
+
+
+def _gain(plan: BatchPlan) -> str:
+    return "" if plan.throughput is None else f" ({_percent(1 - plan.throughput.fraction)} or less)"
+
+
+def _knee(line: Throughput) -> str:
+    """Return from which size on a batch is hardly faster, and why, in one sentence."""
+    off = f"{_percent(round(line.residual or 0.0, 3))} off at the most"
+    if not line.holds:
+        return f"not predicted: times are on no line of a + b × rows ({off})"
+    parts = f"{_seconds(line.seconds_per_batch)} per batch + {_seconds(line.seconds_per_sample)} per row, {off}"
+    return f"{counted(line.knee, 'row')} for {_percent(line.fraction)} of the best samples/s ({parts})"
 
 
 def _wall(plan: BatchPlan) -> str:

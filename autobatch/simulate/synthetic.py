@@ -28,6 +28,7 @@ class SyntheticWorkload:
         row_seconds: seconds each row adds to it.
         spill: how many times as long a row takes beyond the capacity, with a driver that goes on in host memory; 0 for one that fails.
         neighbours: bytes that others take before the first confirmation, the second, and so on.
+        tile: rows that are computed together: a step takes as long as one of the next multiple of it.
     """
 
     capacity: int
@@ -42,6 +43,7 @@ class SyntheticWorkload:
     row_seconds: float = 0.0
     spill: float = 0.0
     neighbours: tuple[int, ...] = ()
+    tile: int = 1
 
     def peaks(self, batch_size: int) -> tuple[int, int]:
         """Return the bytes at the highest point of forward and backward, and of the optimizer step."""
@@ -99,7 +101,7 @@ class SyntheticProber:
             steps=steps,
             forward_backward=Peak(allocated=forward_backward) if self._readable else None,
             optimizer=Peak(allocated=optimizer) if self._readable and self._workload.optimizer > 0 else None,
-            seconds_per_step=slower * (work.step_seconds + work.row_seconds * batch_size) or None,
+            seconds_per_step=slower * (work.step_seconds + work.row_seconds * -(-batch_size // work.tile) * work.tile) or None,
             confirmation=confirm,
         )
 
