@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from autobatch.core.epochs import share
 from autobatch.core.errors import DeviceUnavailable, NoBatchSizeFits, WorkloadFailed
 from autobatch.core.memory_model import MemoryModel, through_points
 from autobatch.core.options import PlanRequest, SearchOptions
@@ -15,7 +16,7 @@ from autobatch.core.records import Outcome, Probe, Setting, Trying
 from autobatch.core.search import Ending, Search
 from autobatch.core.spilling import spilled
 from autobatch.core.throughput import fast_enough, next_to_time, step_times
-from autobatch.core.units import format_bytes
+from autobatch.core.units import divide_up, format_bytes
 
 Progress = Callable[[Setting | Trying | Probe], None]
 
@@ -204,9 +205,10 @@ class Run:
         if self._search.ending is None:
             return "time_limit"
         if self._search.ending is Ending.LIMIT:
-            if request.global_batch_size is not None and space.max == -(-request.global_batch_size // request.world_size):
+            if request.global_batch_size is not None and space.max == divide_up(request.global_batch_size, request.world_size):
                 return "global_batch_size"
-            if request.dataset_size is not None and space.max == -(-request.dataset_size // request.world_size):
+            rows = None if request.dataset_size is None else share(request.dataset_size, request.world_size, request.drop_last)
+            if space.max == rows:
                 return "dataset"
             return "max_batch_size"
         wall = self._walls.get(self._search.wall or 0)

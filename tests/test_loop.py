@@ -251,3 +251,9 @@ def test_what_the_target_names_counts_where_nothing_else_was_asked() -> None:
 def test_options_that_cannot_be_meant_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         plan_of(**options)
+
+
+@pytest.mark.parametrize(("drop_last", "largest"), [(False, 26), (True, 25)])
+def test_a_devices_share_of_the_data_set_is_the_limit_as_the_sampler_makes_it(drop_last: bool, largest: int) -> None:
+    plan = plan_of(dataset_size=103, world_size=4, drop_last=drop_last)
+    assert (plan.batch_size, plan.limited_by) == (largest, "dataset")

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from autobatch.core.options import PlanRequest
     from autobatch.core.plan import BatchPlan
 
+# Written into each parameter group beside its scaled learning rate, so that it is saved and loaded together with that.
+MARK = "autobatch_lr_scale"
 # Goyal et al. 2017 ramp the learning rate up over the first five epochs.
 WARMUP_EPOCHS = 5
 # An averaging factor that many training scripts have, to show what becomes of it.

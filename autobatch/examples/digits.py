@@ -79,20 +79,15 @@ def train(plan: BatchPlan) -> float:
     model = network().to(device)
     optimizer = sgd(model.parameters())
     loader = DataLoader(images, batch_size=plan.batch_size, shuffle=True, drop_last=plan.last_batch_size == 1)
-    scale = plan.lr_scale or 1.0
-    lrs = [group["lr"] * scale for group in optimizer.param_groups]
-    warmup = plan.warmup_steps or 0
-    updates = 0
+    plan.apply(optimizer)
+    warmup = plan.warmup(optimizer)
     for _ in range(plan.epochs or EPOCHS):
         model.train()
         for inputs, labels in loader:
-            for group, lr in zip(optimizer.param_groups, lrs, strict=True):
-                # From the learning rate of the base batch size up to the plan's, as Goyal et al. 2017 do.
-                group["lr"] = lr if updates >= warmup else lr / scale + (lr - lr / scale) * (updates + 1) / (warmup + 1)
             optimizer.zero_grad()
             F.cross_entropy(model(inputs.to(device)), labels.to(device)).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            updates += 1
+            warmup.step()
     return accuracy(model, test, device)
 
 

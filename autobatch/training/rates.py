@@ -14,14 +14,13 @@ from torch.optim.lr_scheduler import LRScheduler as LRScheduler
 
 from autobatch.core.errors import InvalidRequest
 from autobatch.core.learning_rate import optimizer_family
+from autobatch.core.scaling import MARK
 from autobatch.core.schedule import warmup_steps
 
 if TYPE_CHECKING:
     from autobatch.core.plan import BatchPlan
     from autobatch.core.scaling import Scaled
 
-# Written into each parameter group beside its learning rate, so that it is saved and loaded together with that.
-MARK = "autobatch_lr_scale"
 # Learning rates that went through a tensor of 32 bits are as good as equal.
 _CLOSE = 1e-5
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autobatch.core.errors import InvalidRequest, WorkloadFailed
+from autobatch.core.scaling import MARK
 from autobatch.workload.batches import UNFED, Feeding, dataset_size, feeding_of, take_sample
 from autobatch.workload.held import held_by
 
@@ -104,10 +105,21 @@ def build_workload(
     _check_choices(model, mode, precision)
     instance = _make_optimizer(model, optimizer, mode)
     common = {"model": model, "loss": Loss(loss_fn, step, mode), "optimizer": instance, "mode": mode, "precision": precision}
+    notes = _scaled_already(instance)
     if make_batch is not None:
-        return Workload(make_batch=make_batch, dataset_size=dataset_size(sample), feeding=feeding_of(sample), **common)  # type: ignore[arg-type]
+        return Workload(make_batch=make_batch, dataset_size=dataset_size(sample), feeding=feeding_of(sample), notes=notes, **common)  # type: ignore[arg-type]
     taken = take_sample(sample)
-    return Workload(make_batch=taken.grow, dataset_size=taken.dataset_size, feeding=taken.feeding, notes=taken.notes, **common)  # type: ignore[arg-type]
+    return Workload(make_batch=taken.grow, dataset_size=taken.dataset_size, feeding=taken.feeding, notes=(*notes, *taken.notes), **common)  # type: ignore[arg-type]
+
+
+def _scaled_already(optimizer: Optimizer | None) -> tuple[str, ...]:
+    scaled = [group[MARK] for group in optimizer.param_groups if MARK in group] if optimizer is not None else []
+    if not scaled:
+        return ()
+    return (
+        f"the optimizer's learning rate was scaled by plan.apply already (× {scaled[0]:.6g}) and was taken for the one tuned at "
+        "base_batch_size; give base_lr= where that is another",
+    )
 
 
 def _check_choices(model: Any, mode: str, precision: str | None) -> None:

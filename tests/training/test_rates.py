@@ -290,3 +290,11 @@ def test_a_run_resumed_in_its_warm_up_goes_on_as_if_it_had_not_stopped() -> None
     again.load_state_dict(optimizer.state_dict())
     resumed.load_state_dict(warmup.state_dict())
     assert rates_over(again, resumed, 5) == pytest.approx(whole[3:])
+
+
+def test_a_search_that_is_given_a_scaled_optimizer_says_what_it_takes_its_rate_for() -> None:
+    optimizer = sgd()
+    plan_for(optimizer).apply(optimizer)
+    (note,) = build_workload(MODEL, torch.zeros(1, 4), optimizer=optimizer).notes
+    assert note.startswith("the optimizer's learning rate was scaled by plan.apply already (× 4) and was taken for the one tuned at ")
+    assert build_workload(MODEL, torch.zeros(1, 4), optimizer=sgd()).notes == ()
