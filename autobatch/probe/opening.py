@@ -11,7 +11,7 @@ from autobatch.devices import device_type, open_device
 from autobatch.probe.inline import InlineProber
 from autobatch.probe.worker import WorkerProber
 from autobatch.simulate.foresight import foresee
-from autobatch.workload.batches import Sample, dataset_size, feeding_of, take_sample
+from autobatch.workload.batches import shortened
 from autobatch.workload.state import keep_random_state
 from autobatch.workload.workload import build_workload
 
@@ -35,7 +35,7 @@ def open_prober(
     in_worker = device_type(where["device"]) == "cpu" if isolate is None else isolate
     with keep_random_state():
         device = None if in_worker else open_device(where["device"])
-        sample = _shortened(what["sample"], what["make_batch"] is not None)
+        sample = shortened(what["sample"], what["make_batch"] is not None)
         workload = build_workload(**{**what, "sample": sample})  # for a worker too: a mistake is told before a process is started
         prober: InlineProber | WorkerProber
         if device is not None:
@@ -52,13 +52,6 @@ def open_prober(
 
 def _budget(where: Mapping[str, Any]) -> dict[str, Any]:
     return {key: where[key] for key in ("memory_budget", "margin")}
-
-
-def _shortened(sample: Any, batches_are_made: bool) -> Any:
-    """Return the rows of ``sample`` that stand for the rest, so that no data set is sent to a worker."""
-    if not batches_are_made:
-        return take_sample(sample)
-    return Sample(None, 0, dataset_size(sample), feeding=feeding_of(sample))
 
 
 def _packed(what: Mapping[str, Any]) -> bytes:

@@ -83,6 +83,17 @@ def take_sample(sample: Any) -> Sample:
     return Sample(sample, count_rows(sample))
 
 
+def shortened(sample: Any, batches_are_made: bool) -> Sample:
+    """Return the rows of ``sample`` that stand for the rest, so that no data set is sent to a worker; none where batches are made.
+
+    Raises:
+        InvalidRequest: as ``take_sample``.
+    """
+    if not batches_are_made:
+        return take_sample(sample)
+    return Sample(None, 0, dataset_size(sample), feeding=feeding_of(sample))
+
+
 def dataset_size(sample: Any) -> int | None:
     """Return the rows in a ``Dataset`` or behind a ``DataLoader``; ``None`` for anything else and for streams."""
     if isinstance(sample, Sample):

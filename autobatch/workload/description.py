@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from autobatch.workload.batches import Sample, dataset_size, map_tensors, take_sample
+from autobatch.workload.batches import map_tensors, shortened
 from autobatch.workload.flags import switches
 from autobatch.workload.randomness import keep_random_state
 
@@ -58,9 +58,9 @@ def describe_step(what: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
         Undescribable: the step has a part that no description can hold.
     """
     with keep_random_state(what["sample"]):
-        sample = Sample(None, 0, dataset_size(what["sample"])) if what["make_batch"] is not None else take_sample(what["sample"])
+        sample = shortened(what["sample"], what["make_batch"] is not None)
     row = map_tensors(sample.value, lambda leaf: leaf[:1])
-    parts = {**what, "sample": {"row": row, "dataset_size": sample.dataset_size}, "switches": _switches()}
+    parts = {**what, "sample": {"row": row, "dataset_size": sample.dataset_size, "feeding": str(sample.feeding)}, "switches": _switches()}
     return describe(parts), sample
 
 
