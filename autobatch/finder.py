@@ -72,7 +72,7 @@ def find(
         margin: fraction of the budget kept free during every trial.
         min_batch_size, max_batch_size, multiple_of: the batch sizes that may be returned.
         tolerance: relative distance to the true maximum at which the search may stop; 0 for exact.
-        steps: training steps a trial runs, 2 or more.
+        steps: training steps of the trial that confirms the answer, 3 at the least; the others run one less, and 2 at the least.
         time_limit: seconds for the whole search; the best size proven by then is confirmed and returned. A worker is stopped in the
             middle of a trial, in this process a trial that has begun is finished.
         objective: ``"memory"`` for the largest, ``"throughput"`` for the smallest that is fast enough.

@@ -76,11 +76,11 @@ class Run:
             self._explore()
             untimed, chosen, narrowed = self._untimed(), self._chosen(), False
             if untimed is not None:
-                probe = self._probe(untimed, steps=self._options.steps)
+                probe = self._probe(untimed, steps=self._steps(confirm=True))
             elif chosen in self._confirmed:
                 return self._finish(chosen)
             else:
-                probe = self._probe(chosen, steps=max(5, 2 * self._options.steps), confirm=True)
+                probe = self._probe(chosen, steps=self._steps(confirm=True), confirm=True)
                 self._confirmed.add(chosen)
                 narrowed = self._take_in_a_neighbour()
             if not probe.outcome.fits:
@@ -117,7 +117,7 @@ class Run:
             if size is None:
                 break
             try:
-                probe = self._probe(size, steps=self._options.steps)
+                probe = self._probe(size, steps=self._steps())
             except (ValueError, WorkloadFailed) as error:
                 self._start_at_two(size, error)
                 continue
@@ -136,6 +136,14 @@ class Run:
         self._space = dataclasses.replace(self._space, min=2)
         self._model = MemoryModel(self._setting.cap, through_points(self._setting.expected))
         self._search = Search(self._space, self._model)
+
+    def _steps(self, *, confirm: bool = False) -> int:
+        """Return the training steps of a trial: one less than asked for, and two at the least; all of them for the one that confirms.
+
+        In the second step the optimizer's state is resident, so a third says nothing new of the memory. Times want more of them.
+        """
+        asked = max(5, self._options.steps) if self._for_speed else self._options.steps
+        return max(3, asked) if confirm else max(2, asked - 1)
 
     def _probe(self, size: int, *, steps: int, confirm: bool = False) -> Probe:
         self._progress(Trying(batch_size=size, confirmation=confirm, best=self._search.best, wall=self._search.wall))

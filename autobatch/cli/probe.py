@@ -31,7 +31,13 @@ _STEP = ("precision", "mode", "optimizer", "base_lr")
 @click.option("--max-batch-size", type=int, help="By default 1,048,576, or the data set's size.")
 @click.option("--multiple-of", type=int, default=1, show_default=True, help="Return a multiple of this.")
 @click.option("--tolerance", type=float, default=0.01, show_default=True, help="Stop this close to the true maximum; 0 for exact.")
-@click.option("--steps", type=int, default=3, show_default=True, help="Training steps a trial runs, 2 or more.")
+@click.option(
+    "--steps",
+    type=int,
+    default=3,
+    show_default=True,
+    help="Training steps of the trial that confirms; the others run one less, and 2 at the least.",
+)
 @click.option("--time-limit", type=float, metavar="SECONDS", help="For the whole search; the best size proven by then is returned.")
 @click.option("--probe-timeout", type=float, default=600.0, show_default=True, metavar="SECONDS", help="For one probe.")
 @click.option("--objective", type=click.Choice(["memory", "throughput"]), default="memory", show_default=True)
