@@ -27,7 +27,13 @@ def run_autovram(work: Work, scratch: Path, **options: Any) -> int:
     tuner, types, runner = (load(f"autovram.core.{name}") for name in ("tuner", "types", "runner"))
     system = load("autovram.core.detect").detect_system()
     context = types.RunContext(
-        mode="script", system=system, metric_name=_METRIC, timeout_s=_TIMEOUT, work_dir=scratch, exec_cwd=Path.cwd(), engine_name="heuristic"
+        mode="script",
+        system=system,
+        metric_name=_METRIC,
+        timeout_s=_TIMEOUT,
+        work_dir=scratch,
+        exec_cwd=Path.cwd(),
+        engine_name="heuristic",
     )
     spec: Any = getattr(work, "spec", None)
     ledger = scratch / "ledger.jsonl"

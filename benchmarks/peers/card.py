@@ -85,7 +85,9 @@ class Tiny(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(4, 4), nn.Unflatten(1, (2, 2)), nn.BatchNorm1d(2), nn.Dropout(0.1), nn.Flatten(), nn.Linear(4, 1))
+        self.body = nn.Sequential(
+            nn.Linear(4, 4), nn.Unflatten(1, (2, 2)), nn.BatchNorm1d(2), nn.Dropout(0.1), nn.Flatten(), nn.Linear(4, 1)
+        )
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Return the loss of ``x``, of shape (rows, 1)."""
@@ -167,7 +169,7 @@ class SimulatedDevice:
 class _ToTheProcessor(torch.overrides.TorchFunctionMode):
     """Makes tensors that are asked for on ``cuda`` on the processor, where a few real bytes of them lie."""
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def there(value: Any) -> Any:
             return torch.device("cpu") if isinstance(value, torch.device) and value.type == "cuda" else value
 

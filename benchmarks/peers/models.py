@@ -146,7 +146,9 @@ PROCESSOR = (
         optimizer=adamw,
         limit=44 * MIB,
     ),
-    Model(name="resnet", build=_residual, sample=lambda: _images(3, 24, 24), loss=nn.functional.cross_entropy, optimizer=sgd, limit=64 * MIB),
+    Model(
+        name="resnet", build=_residual, sample=lambda: _images(3, 24, 24), loss=nn.functional.cross_entropy, optimizer=sgd, limit=64 * MIB
+    ),
     Model(
         name="transformer",
         build=Decoder,

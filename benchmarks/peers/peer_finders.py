@@ -160,7 +160,15 @@ def _twice(name: str, call: Any, package: str, shipped: dict[str, Any], freed: d
 
 
 PEERS = (
-    *_twice("Lightning power", _lightning, "lightning", {"mode": "power"}, {"max_val": LIMIT, "max_trials": 100}, given="model", module="lightning"),
+    *_twice(
+        "Lightning power",
+        _lightning,
+        "lightning",
+        {"mode": "power"},
+        {"max_val": LIMIT, "max_trials": 100},
+        given="model",
+        module="lightning",
+    ),
     *_twice(
         "Lightning binsearch",
         _lightning,
@@ -214,4 +222,4 @@ def silent() -> contextlib.AbstractContextManager[Any]:
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    return contextlib.redirect_stdout(open(os.devnull, "w"))  # noqa: SIM115 for the life of the process
+    return contextlib.redirect_stdout(open(os.devnull, "w"))

@@ -114,9 +114,18 @@ def _truth(spec: Any, rows: list[dict[str, Any]]) -> tuple[int | None, dict[str,
     return largest, verdicts
 
 
-def everything(*, count: int = DRAWN, only: str = "", models: int | None = None, cuda: bool = False, jobs: int = 2, timed_jobs: int = 1) -> dict[str, Any]:
+def everything(
+    *,
+    count: int = DRAWN,
+    chosen: Sequence[Finder] = (),
+    only: str = "",
+    models: int | None = None,
+    cuda: bool = False,
+    jobs: int = 2,
+    timed_jobs: int = 1,
+) -> dict[str, Any]:
     """Return the whole run as JSON has it."""
-    chosen = [finder for finder in finders() if only in finder.name]
+    chosen = [finder for finder in chosen or finders() if only in finder.name]
     document = {"date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), "machine": machine(cuda), "versions": versions()}
     document["finders"] = [{"name": f.name, "package": f.package, "options": f.options, "given": f.given} for f in chosen]  # type: ignore[assignment]
     if cuda:
