@@ -87,7 +87,7 @@ def _processor() -> float:
 def _held() -> int:
     """Return the bytes this process holds once everything that can be freed is."""
     gc.collect()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
         return int(torch.cuda.memory_allocated())
     from autobatch.devices.allocator import trim
@@ -129,17 +129,17 @@ def on_a_device(task: dict[str, Any]) -> None:
     else:
         finder = by_name(task["finder"])
         load(finder.module or "autobatch.probe.opening")
-        if finder.needs_readings:  # find holds the device itself
-            _write(search(finder, work, spec.name, work.model, timed=True).as_json())
-            return
+        found = None
         with work.session():
+            if not finder.needs_readings:
+                found = search(finder, work, spec.name, work.model, timed=True)
+        if found is None:  # find holds the device itself; what a session brings in is there for it as for the others
             found = search(finder, work, spec.name, work.model, timed=True)
         _write(found.as_json())
 
 
 def _write(document: dict[str, Any]) -> None:
-    sys.__stdout__.write(json.dumps(document) + "\n")  # type: ignore[union-attr] a finder may have put another in its place
-    sys.__stdout__.flush()  # type: ignore[union-attr]
+    print(json.dumps(document), file=sys.__stdout__, flush=True)  # a finder may have put another in the place of sys.stdout
 
 
 def main() -> None:

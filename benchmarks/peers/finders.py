@@ -124,6 +124,13 @@ def _autobatch(work: Work, _: Path, *, expecting: bool = False) -> int:
         return 0
 
 
+def _autobatch_here(work: Any, _: Path) -> int:
+    try:
+        return int(work.own_way(isolate=False))
+    except NoBatchSizeFits:
+        return 0
+
+
 def _autobatch_search(work: Work, _: Path) -> int:
     import autobatch
 
@@ -135,6 +142,15 @@ def _autobatch_search(work: Work, _: Path) -> int:
 
 OURS = (
     Finder(name="autobatch", call=_autobatch, options="margin=0", given="model", reads=True, needs_readings=True),
+    Finder(
+        name="autobatch, in this process",
+        call=_autobatch_here,
+        options="margin=0, isolate=False",
+        given="model",
+        reads=True,
+        needs_readings=True,
+        on=("real",),
+    ),
     Finder(
         name="autobatch, foreseeing",
         call=functools.partial(_autobatch, expecting=True),

@@ -137,17 +137,17 @@ def _images(*shape: int) -> tuple[Tensor, Tensor]:
     return torch.randn(4, *shape), torch.randint(10, (4,))
 
 
-PROCESSOR = (
+PROCESSOR: tuple[Model, ...] = (
     Model(
         name="perceptron",
         build=_perceptron,
         sample=lambda: _images(512),
         loss=nn.functional.cross_entropy,
         optimizer=adamw,
-        limit=44 * MIB,
+        limit=128 * MIB,
     ),
     Model(
-        name="resnet", build=_residual, sample=lambda: _images(3, 24, 24), loss=nn.functional.cross_entropy, optimizer=sgd, limit=64 * MIB
+        name="resnet", build=_residual, sample=lambda: _images(3, 24, 24), loss=nn.functional.cross_entropy, optimizer=sgd, limit=128 * MIB
     ),
     Model(
         name="transformer",
@@ -155,7 +155,7 @@ PROCESSOR = (
         sample=lambda: (torch.randint(128, (4, 24)), torch.randint(128, (4, 24))),
         loss=_each_token,
         optimizer=adamw,
-        limit=64 * MIB,
+        limit=128 * MIB,
     ),
     Model(
         name="unet",
@@ -163,7 +163,7 @@ PROCESSOR = (
         sample=lambda: (torch.randn(4, 1, 24, 24), torch.randn(4, 1, 24, 24)),
         loss=nn.functional.mse_loss,
         optimizer=adamw,
-        limit=64 * MIB,
+        limit=128 * MIB,
     ),
     Model(
         name="lstm",
@@ -171,7 +171,7 @@ PROCESSOR = (
         sample=lambda: (torch.randn(4, 40, 16), torch.randn(4, 1)),
         loss=nn.functional.mse_loss,
         optimizer=adamw,
-        limit=64 * MIB,
+        limit=128 * MIB,
     ),
     Model(
         name="recommender",
@@ -179,7 +179,7 @@ PROCESSOR = (
         sample=lambda: (torch.randint(40_000, (4, 8)), torch.randn(4, 1)),
         loss=nn.functional.mse_loss,
         optimizer=adamw,
-        limit=40 * MIB,
+        limit=64 * MIB,
     ),
 )
 
