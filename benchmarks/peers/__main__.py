@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from benchmarks.peers import compare, judge, publish, run
 from benchmarks.peers.cases import DRAWN
 from benchmarks.peers.finders import OURS
@@ -30,6 +32,8 @@ def main() -> int:
     if arguments.tables:
         publish.publish(json.loads(publish.RESULTS.read_text()))
         return 0
+    if arguments.cuda and not torch.cuda.is_available():
+        parser.error("--cuda needs an NVIDIA card, and torch sees none. Leave it out for the formulas and the processor.")
     started = time.monotonic()
     document = _run(arguments)
     document["minutes"] = round((time.monotonic() - started) / 60, 1)

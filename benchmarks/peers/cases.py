@@ -63,9 +63,9 @@ class Case:
         return -(-max(self.optimizer, self.base + self.state) // self.rounding) * self.rounding
 
     def lasts(self, batch_size: int, steps: int = STEPS) -> bool:
-        """Whether ``steps`` training steps of ``batch_size`` rows run through."""
+        """Whether ``steps`` training steps of ``batch_size`` rows run through; from the one in which it grows on, all are alike."""
         rows = self.rows(batch_size)
-        passes = (self.pass_peak(rows, step, step > 1) for step in range(1, steps + 1))
+        passes = (self.pass_peak(rows, step, step > 1) for step in range(1, min(steps, GROWN) + 1))
         return batch_size >= 1 and self.step_peak() <= self.capacity and all(peak <= self.capacity for peak in passes)
 
     def truth(self) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ class Row:
         finder: which.
         searches: how many there were.
         right: share of answers within 1 % of the true maximum and not above it.
+        reached: mean of the answers that last as a share of the true maximum, ``None`` where that was not looked at.
         special: right answers to special cases and how many of those there are, in words.
         fails: share of searches whose answer does not last in training.
         untested: share whose answer was not itself run by the finder.
@@ -36,6 +38,7 @@ class Row:
     finder: str
     searches: int
     right: float | None
+    reached: float | None
     special: str
     fails: float | None
     untested: float | None
@@ -50,9 +53,14 @@ class Row:
     why: str
 
 
+@functools.cache
+def _first_limit(case: Case) -> int:
+    return case.truth()[0]
+
+
 def verdict(case: Case, answer: int | None) -> tuple[bool, bool]:
     """Return whether ``answer`` is right, and whether it lasts in training; saying that nothing fits is an answer that lasts."""
-    first, _ = case.truth()
+    first = _first_limit(case)
     if answer is None:
         return False, True
     if answer == 0:
@@ -93,7 +101,8 @@ def _simulated_row(row: dict[str, Any], every: Sequence[Case]) -> Row:
         finder=row["finder"],
         searches=len(judged),
         right=_share(right for _, _, right, _ in judged),
-        special=f"{sum(special)} of {len(special)}",
+        reached=None,
+        special=f"{sum(special)} of {len(special)}" if special else "–",
         fails=_share(not lasts for *_, lasts in judged),
         untested=_share(bool(one[0]) and not one[4] for _, one, *_ in judged),
         silent=_share(one[0] is None for _, one, *_ in judged),
@@ -128,6 +137,7 @@ def _real_row(name: str, rows: list[dict[str, Any]], own: dict[Any, Any]) -> Row
         finder=name,
         searches=len(rows),
         right=_share(bool(row.get("lasts")) and one["answer"] >= CLOSE * row["largest"] for row, one in found),
+        reached=_mean(one["answer"] / row["largest"] for row, one in answered if row.get("lasts")),
         special="",
         fails=_share(bool(one["answer"]) and not row.get("lasts") for row, one in found),
         untested=_share(bool(one["answer"]) and not one["ran"] for _, one in found),

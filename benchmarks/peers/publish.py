@@ -19,7 +19,7 @@ PAGE, README = ROOT / "docs" / "comparison.md", ROOT / "README.md"
 BEGIN, END = "<!-- peers: made by scripts/bench --peers -->", "<!-- peers: end -->"
 
 _SIMULATED = ("finder", "right", "special", "fails", "untested", "no answer", "trials", "OOM", "rows", "changed")
-_REAL = ("finder", "right", "fails", "untested", "no answer", "trials", "OOM", "rows", "wall", "processor", "left", "changed")
+_REAL = ("finder", "right", "reached", "fails", "untested", "no answer", "trials", "OOM", "rows", "wall", "processor", "left", "changed")
 
 
 def _percent(value: float | None) -> str:
@@ -34,6 +34,7 @@ def _cells(row: Row, columns: tuple[str, ...]) -> list[str]:
     every = {
         "finder": row.finder,
         "right": _percent(row.right),
+        "reached": _percent(row.reached),
         "special": row.special,
         "fails": _percent(row.fails),
         "untested": _percent(row.untested),
@@ -77,11 +78,14 @@ def page(document: dict[str, Any]) -> str:
     lines = ["# Every finder on the same work", "", f"Made by `scripts/bench --peers`: {of_run(document)}", "", *_HOW, ""]
     lines += ["## On a simulated card, by out-of-memory errors alone", "", *table(by_errors, _SIMULATED), "", *_broken(by_errors), ""]
     lines += ["## On a simulated card, with its memory to read", "", *table(with_readings, _SIMULATED), "", *_broken(with_readings), ""]
-    lines += [f"{len(same)} finders look at no memory. On the special cases they did the same with readings as without: "]
-    lines += ["all of them." if not other else f"all but {', '.join(other)}.", ""]
+    exceptions = f"all but {', '.join(other)}" if other else "all of them"
+    lines += [f"{len(same)} finders look at no memory. On the special cases they did the same with readings as without, {exceptions}.", ""]
     lines += ["## With real memory under a real limit", "", *table(real, _REAL), "", *_broken(real), "", *_largest(document), ""]
+    lines += ["## On a card", ""]
     if "cuda" in document:
-        lines += ["## On a card", "", *table(real_rows(document, "cuda"), _REAL), ""]
+        lines += [of_run(document["cuda_run"]), "", *table(real_rows(document, "cuda"), _REAL), ""]
+    else:
+        lines += ["Not run yet: no card has been available. `scripts/bench --cuda --peers` adds six models at three budgets.", ""]
     lines += ["## How each was called", "", "| finder | options | given |", "|---|---|---|"]
     lines += [f"| {f['name']} | {f['options'] or 'defaults'} | a {f['given']} |" for f in document["finders"]]
     return "\n".join([*lines, "", *features()]).rstrip() + "\n"
@@ -136,7 +140,8 @@ def readme_table(document: dict[str, Any]) -> str:
         row, there = simulated[name], real.get(name)
         right = "–" if there is None else _percent(there.right)
         cells = [name, _percent(row.right), row.special, right, _number(row.trials), _number(row.out_of_memory), _number(row.rows, "×")]
-        lines.append("| " + " | ".join([*cells, row.changed]) + " |")
+        changed = row.changed if row.searches or there is None else there.changed
+        lines.append("| " + " | ".join([*cells, changed]) + " |")
     how = (
         "Margins set to zero and limits lifted wherever a finder has them. *Right*: within 1 % of the true maximum, not above it. *Rows*:\n"
         "all rows run as a multiple of the answer, on the simulated cases. Finders that read memory were given it. Every row, and the\n"
@@ -184,6 +189,12 @@ _HOW = (
     "as CUDA's, which all of them know; where a finder runs the passes itself, it meets the processor's own error. autovram starts a",
     "process for every trial and is therefore run on one model only; on formulas it is given a runner that starts none. batch-finder would",
     "sleep between its attempts and is told not to; its own process for an attempt cannot be started with `spawn`, so it is not asked for.",
+    "",
+    "**reached** is the mean of the answers that last as a share of the largest size that a fresh process can train with. A process that",
+    "has run trials keeps some memory of them, on a processor more than on a card: at 64 and 128 MiB that costs every finder that runs its",
+    "trials one after another in a process some percent of the answer, and autobatch's worker as well, which is replaced only after a",
+    "trial that failed.",
+    "",
     "Above 8,192 rows Lightning's binsearch begins again at 8,192 after every failure, because it does not pass `max_val` on there",
     "(lightning 2.6.6: `lightning/pytorch/tuner/batch_size_scaling.py:303`).",
 )

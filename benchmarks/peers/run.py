@@ -19,8 +19,8 @@ from benchmarks.peers.finders import Finder, finders
 
 # Seconds a process may take: all cases of a finder, and one search on a device.
 _SIMULATED, _REAL = 900.0, 300.0
-# Training steps that an answer on a device has to last.
-LASTS = 20
+# Training steps that an answer has to last on a processor, and on a card.
+LASTS, LASTS_ON_A_CARD = 20, 200
 # Answers this far from the scanned largest need not be run again to know.
 _SURELY = (0.97, 1.1)
 MODES = ("by errors", "with readings")
@@ -101,12 +101,13 @@ def _place(spec: Any) -> dict[str, Any]:
 
 def _truth(spec: Any, rows: list[dict[str, Any]]) -> tuple[int | None, dict[str, bool]]:
     """Return the largest size that lasts, by a scan, and whether each answer does, in processes that do nothing else."""
-    scanned, wrong = child({"do": "scan", "steps": LASTS, **_place(spec)}, 2 * _REAL)
+    steps = LASTS if spec.device == "cpu" else LASTS_ON_A_CARD
+    scanned, wrong = child({"do": "scan", "steps": steps, **_place(spec)}, 2 * _REAL)
     largest = scanned[0]["largest"] if scanned else None
     found = {(row["search"] or {}).get("answer") for row in rows if (row["model"], row["limit"]) == (spec.name, spec.limit)}
     answers = sorted(answer for answer in found if answer)
     near = [a for a in answers if largest is None or _SURELY[0] * largest <= a <= _SURELY[1] * largest]
-    lasting, _ = child({"do": "last", "sizes": near, "steps": LASTS, **_place(spec)}, 2 * _REAL)
+    lasting, _ = child({"do": "last", "sizes": near, "steps": steps, **_place(spec)}, 2 * _REAL)
     verdicts = {str(answer): answer < largest for answer in answers if answer not in near and largest is not None}
     verdicts |= lasting[0] if lasting else {}
     # What lasted when it was run alone is no more than the largest, whatever the scan's last row said.
