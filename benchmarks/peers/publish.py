@@ -80,7 +80,9 @@ def page(document: dict[str, Any]) -> str:
     lines += ["## On a simulated card, with its memory to read", "", *table(with_readings, _SIMULATED), "", *_broken(with_readings), ""]
     exceptions = f"all but {', '.join(other)}" if other else "all of them"
     lines += [f"{len(same)} finders look at no memory. On the special cases they did the same with readings as without, {exceptions}.", ""]
-    lines += ["## With real memory under a real limit", "", *table(real, _REAL), "", *_broken(real), "", *_largest(document), ""]
+    before, after = document["load"]
+    timed = f"Timed {document['timed_jobs']} side by side; load average {before} when this began and {after} when it ended."
+    lines += ["## With real memory under a real limit", "", timed, "", *table(real, _REAL), "", *_broken(real), "", *_largest(document), ""]
     lines += ["## On a card", ""]
     if "cuda" in document:
         lines += [of_run(document["cuda_run"]), "", *table(real_rows(document, "cuda"), _REAL), ""]
@@ -191,9 +193,8 @@ _HOW = (
     "sleep between its attempts and is told not to; its own process for an attempt cannot be started with `spawn`, so it is not asked for.",
     "",
     "**reached** is the mean of the answers that last as a share of the largest size that a fresh process can train with. A process that",
-    "has run trials keeps some memory of them, on a processor more than on a card: at 64 and 128 MiB that costs every finder that runs its",
-    "trials one after another in a process some percent of the answer, and autobatch's worker as well, which is replaced only after a",
-    "trial that failed.",
+    "has run trials keeps some memory of them: within 64 or 128 MiB that costs every finder that runs its trials one after another in a",
+    "process some percent of the answer, and autobatch's worker as well, which is replaced only after a trial that failed.",
     "",
     "Above 8,192 rows Lightning's binsearch begins again at 8,192 after every failure, because it does not pass `max_val` on there",
     "(lightning 2.6.6: `lightning/pytorch/tuner/batch_size_scaling.py:303`).",

@@ -140,11 +140,16 @@ def everything(
         return {**document, "cuda": on_device(chosen, CARD[:models], 1)}
     from benchmarks.peers.models import PROCESSOR
 
+    formulas = simulated(chosen, count, jobs) if count else []
+    before = _load()
+    real = on_device(chosen, PROCESSOR[:models], timed_jobs)
     return {
         **document,
         "cases": count,
-        "simulated": simulated(chosen, count, jobs) if count else [],
-        "real": on_device(chosen, PROCESSOR[:models], timed_jobs),
+        "simulated": formulas,
+        "real": real,
+        "timed_jobs": timed_jobs,
+        "load": [before, _load()],
     }
 
 
@@ -169,6 +174,11 @@ def versions() -> dict[str, str]:
     from autobatch import __version__
 
     return {"autobatch": __version__, **found}
+
+
+def _load() -> float:
+    """Return how many processes wanted a core, over the last minute."""
+    return round(os.getloadavg()[0], 1)
 
 
 def _say(line: str) -> None:
