@@ -61,6 +61,23 @@ def seconds_of(code: str) -> float:
     return min(float(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout) for _ in range(3))
 
 
+def snapshot_seconds(gib: float = 1.0) -> tuple[float, float]:
+    """Return the seconds that a snapshot of a model and its optimizer's state takes, and putting it back."""
+    import torch
+    from torch import nn
+
+    from autobatch.workload.state import Snapshot
+
+    rows = int(gib * 2**30 / 4 / 3 / 4096)  # weights and two moments, 4 bytes each
+    model = nn.Linear(4096, rows, bias=False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 4096)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    taken: list[Snapshot] = []
+    return timed(lambda: taken.append(Snapshot(model, optimizer, torch.device("cpu")))), timed(lambda: taken[0].restore())
+
+
 def timed(call: Callable[[], object]) -> float:
     began = time.perf_counter()
     call()
@@ -78,6 +95,8 @@ def main() -> None:
     for what, code in STARTS.items():
         seconds = timed(lambda: subprocess.run([sys.executable, "-c", "pass"], check=True)) if code == "pass" else seconds_of(code)
         print(f"  {seconds:7.2f} s  {what}")
+    taken, back = snapshot_seconds()
+    print(f"a snapshot of 1 GiB in this process: {taken:.2f} s, put back {back:.2f} s")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ _CODE_ROOM = 16 * MIB
 _SLOWER_STEPS = "step times were taken with an allocator that gives memory back at once; training itself is faster"
 # oneDNN says the same of a kernel it has not and of memory it does not get. It is memory where the same step ran with fewer rows, so
 # that its kernels exist, or where much of the limit is in use.
-_ONEDNN = "could not create a"
+_ONEDNN = ("could not create a", "could not execute a")
 _NEARLY = 0.5
 
 
@@ -169,7 +169,11 @@ class CpuDevice:
     def classify(self, error: BaseException, *, ran_before: bool = False) -> Outcome | None:
         """Return the outcome ``error`` stands for; RAM is this device's memory, so running out of it is ``oom``."""
         known = oom.classify(error, on_cpu=True)
-        if known is None and _ONEDNN in said_by(error) and (ran_before or self.peak().allocated > _NEARLY * self._limit):
+        if (
+            known is None
+            and any(sign in said_by(error) for sign in _ONEDNN)
+            and (ran_before or self.peak().allocated > _NEARLY * self._limit)
+        ):
             return Outcome.OOM
         return known
 

@@ -26,6 +26,8 @@ START_TIMEOUT = 600.0
 PROBE_TIMEOUT = 600.0
 # A worker that retires runs its clean-up, the workload's own included; one that takes longer than this is killed.
 _RETIRE_TIMEOUT = 30.0
+# Seconds in which a replacement for a worker that could go on is to be there.
+_QUICK = 3.0
 _TAIL_LINES, _TAIL_WIDTH = 40, 2000
 _LONGEST_LINE = 4 * 2**20
 _GRACE = 2.0
@@ -34,6 +36,9 @@ _CLEARING = 7.0  # more than the keeper takes at most for what a worker left
 
 class WorkerProber:
     """Probes in a worker process that serves one probe after another; a fresh one replaces it after a probe that did not fit.
+
+    On the CPU a fresh one replaces it after every probe: libraries keep memory of each size they have seen, which a training run at one
+    size does not. Where opening the workload takes longer than a fork is worth, the worker serves on.
 
     Args:
         target: what to load in the worker, as text; or
@@ -72,6 +77,7 @@ class WorkerProber:
         self._timeout = probe_timeout
         self._start = functools.partial(_Worker, stdout, stderr or (lambda text: sys.stderr.write(text)))
         self._worker: _Worker | None = None
+        self._reopening = 0.0  # seconds that the last replacement took
         self._fresh = False  # whether the worker has the workload open and every probe in it fitted
         self.setting: Setting = self._open()
 
@@ -112,7 +118,7 @@ class WorkerProber:
             self.setting = from_plain(Setting, reply["setting"])
             self._options["settled"] = self.setting
         self._options["ran_before"] = self._options["ran_before"] or probe.outcome.fits
-        self._fresh = probe.outcome.fits and not reply.get("worn", False)
+        self._fresh = probe.outcome.fits and not reply.get("worn", False) and not self._keeps_of_every_size()
         return probe
 
     def close(self) -> None:
@@ -120,6 +126,10 @@ class WorkerProber:
         worker, self._worker, self._fresh = self._worker, None, False
         if worker is not None:
             worker.end(waits=sys.exc_info()[0] is None)
+
+    def _keeps_of_every_size(self) -> bool:
+        """Whether a worker that goes on would give other readings than a fresh one, which is to be had quickly."""
+        return self.setting.device == "cpu" and self._reopening < _QUICK
 
     def _retire(self) -> None:
         """Have the worker make room for the next; one that cannot is replaced with everything that it forked from."""
@@ -132,6 +142,7 @@ class WorkerProber:
 
     def _open(self) -> Setting:
         """Start a worker and return its setting; a later worker keeps the first one's cap."""
+        began = time.monotonic()
         try:
             if self._worker is None:
                 self._worker = self._start()
@@ -145,7 +156,7 @@ class WorkerProber:
         except BaseException:
             self.close()
             raise
-        self._fresh = True
+        self._fresh, self._reopening = True, time.monotonic() - began if self._options["settled"] else 0.0
         if self._options["settled"] is None:
             self._options["settled"] = setting
         return setting

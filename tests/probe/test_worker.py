@@ -41,6 +41,7 @@ def options(act=None):
     return {"model": Step(act), "sample": torch.ones(1, 1), "step": lambda net, batch: net(batch), "optimizer": torch.optim.SGD}
 
 def plain(): return options()
+def slow(): time.sleep(3.1); return options()
 def killed(): return options(lambda: os.kill(os.getpid(), signal.SIGKILL))
 def crashed(): return options(lambda: os.abort())
 def exits(): return options(lambda: os._exit(1))
@@ -86,17 +87,30 @@ def prober(target: str, **arguments: Any) -> WorkerProber:
     return WorkerProber(target=target, options=options, **{"stdout": 2, "stderr": lambda _: None, **arguments})
 
 
-def test_one_worker_serves_many_probes_and_a_fresh_one_follows_a_failure(target: str) -> None:
+def test_every_probe_on_the_cpu_has_a_fresh_worker_of_one_keeper_and_reads_alike_after_whatever(target: str) -> None:
     worker = prober(f"{target}:plain")
     try:
         assert worker.setting.budget == 64 * 2**20
         keeper, first = workers()
-        assert [worker.probe(size).outcome for size in (1, 2, 3)] == [Outcome.FIT] * 3
+        alone = worker.probe(20)
         assert workers() == [keeper, first]
-        assert worker.probe(500).outcome is Outcome.OOM
-        assert worker.probe(2).outcome is Outcome.FIT
+        assert [worker.probe(size).outcome for size in (1, 40, 500)] == [Outcome.FIT, Outcome.FIT, Outcome.OOM]
+        after = worker.probe(20)
         assert workers()[0] == keeper
         assert workers()[1] != first
+        assert after.peak_allocated == pytest.approx(alone.peak_allocated, rel=0.01)
+    finally:
+        worker.close()
+
+
+def test_a_workload_that_takes_long_to_open_is_opened_again_after_failures_alone(target: str) -> None:
+    worker = prober(f"{target}:slow")
+    try:
+        assert worker.probe(1).outcome is Outcome.FIT
+        assert worker.probe(2).outcome is Outcome.FIT  # in the second worker, which was a long time coming
+        _, second = workers()
+        assert worker.probe(3).outcome is Outcome.FIT
+        assert workers()[1] == second
     finally:
         worker.close()
 
