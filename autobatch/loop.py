@@ -122,6 +122,7 @@ class Run:
                 self._start_at_two(size, error)
                 continue
             if probe.outcome is Outcome.TIMEOUT:
+                self._deadline = 0.0  # the prober's clock started earlier than this one
                 break
             self._model.observe(probe)
             self._search.tell(size, probe.outcome.fits)

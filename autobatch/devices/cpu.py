@@ -169,13 +169,9 @@ class CpuDevice:
     def classify(self, error: BaseException, *, ran_before: bool = False) -> Outcome | None:
         """Return the outcome ``error`` stands for; RAM is this device's memory, so running out of it is ``oom``."""
         known = oom.classify(error, on_cpu=True)
-        if (
-            known is None
-            and any(sign in said_by(error) for sign in _ONEDNN)
-            and (ran_before or self.peak().allocated > _NEARLY * self._limit)
-        ):
-            return Outcome.OOM
-        return known
+        if known is not None or not any(sign in said_by(error) for sign in _ONEDNN):
+            return known
+        return Outcome.OOM if ran_before or self.peak().allocated > _NEARLY * self._limit else None
 
     def environment(self) -> dict[str, str]:
         """Return the processor and the thread count that step times belong to."""

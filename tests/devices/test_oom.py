@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from autobatch import Outcome
+from autobatch.devices.cpu import CpuDevice
 from autobatch.devices.forget import chain, forget
 from autobatch.devices.oom import SIGNS, classify, is_sticky
 
@@ -416,3 +417,10 @@ def test_forgetting_frees_what_the_frames_held() -> None:
     finally:
         gc.enable()
     assert str(error) == "wrapped"
+
+
+@pytest.mark.parametrize("said", ["could not create a primitive descriptor for a matmul primitive", "could not execute a primitive"])
+def test_what_onednn_says_is_memory_where_the_step_ran_with_fewer_rows(said: str) -> None:
+    device = CpuDevice()
+    assert device.classify(RuntimeError(said), ran_before=True) is Outcome.OOM
+    assert device.classify(RuntimeError("could not open a file"), ran_before=True) is None
