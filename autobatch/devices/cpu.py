@@ -29,6 +29,8 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 _MAPS, _PAGES = Path("/proc/self/maps"), Path("/proc/self/pagemap")
 # Address space for oneDNN's generated code in the first step of a trial; what was really generated is counted after it.
 _CODE_ROOM = 16 * MIB
+# Small blocks lie in pages that one process has mapped already and another has not: a trial is held to that much less.
+_SPARE = 256 * KIB
 
 _SLOWER_STEPS = "step times were taken with an allocator that gives memory back at once; training itself is faster"
 # oneDNN says the same of a kernel it has not and of memory it does not get. It is memory where the same step ran with fewer rows, so
@@ -127,7 +129,7 @@ class CpuDevice:
 
         if self._ceilings is not None and self._floors is not None:
             soft, hard = (sys.maxsize if value == resource.RLIM_INFINITY else value for value in self._ceilings)
-            wanted = self._floors[0] + self._limit + _generated_code()[0] + room
+            wanted = self._floors[0] + self._limit - _SPARE + _generated_code()[0] + room
             resource.setrlimit(resource.RLIMIT_AS, (min(wanted, soft, hard), self._ceilings[1]))
 
     def reset_peaks(self) -> None:

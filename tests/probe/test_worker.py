@@ -92,10 +92,10 @@ def test_every_probe_on_the_cpu_has_a_fresh_worker_of_one_keeper_and_reads_alike
     try:
         assert worker.setting.budget == 64 * 2**20
         keeper, first = workers()
-        alone = worker.probe(8)
+        alone = worker.probe(4)
         assert workers() == [keeper, first]
-        assert [worker.probe(size).outcome for size in (1, 12, 500)] == [Outcome.FIT, Outcome.FIT, Outcome.OOM]
-        after = worker.probe(8)
+        assert [worker.probe(size).outcome for size in (1, 8, 500)] == [Outcome.FIT, Outcome.FIT, Outcome.OOM]
+        after = worker.probe(4)
         assert workers()[0] == keeper
         assert workers()[1] != first
         assert after.peak_allocated == pytest.approx(alone.peak_allocated, rel=0.01)
