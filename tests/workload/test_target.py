@@ -63,6 +63,7 @@ def test_what_the_command_line_says_stands_above_the_target(folder: Path) -> Non
         ("my_train.py", "TARGET 'my_train.py' names no function. Write path/to/train.py:build"),
         ("example:nope", "There is no example 'nope'. Known: digits, gpt."),
         ("timm:resnet50", "timm:resnet50 needs the package 'timm', which is not installed. Type: pip install timm"),
+        ("torchvision:resnet18", "needs the package 'torchvision', which is not installed. Type: pip install torchvision$"),
     ],
 )
 def test_a_target_that_is_not_there_says_what_to_type(folder: Path, target: str, message: str) -> None:
