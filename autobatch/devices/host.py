@@ -10,9 +10,13 @@ from autobatch.core.records import MemoryReading
 from autobatch.devices.cgroup import ControlGroup
 
 
-def host_memory() -> MemoryReading:
-    """Return RAM as this process may use it: the machine's, the container's or the shell's limit, whichever is smallest."""
-    machine, group = psutil.virtual_memory(), ControlGroup.of_this_process()
+def host_memory(group: ControlGroup | None = None) -> MemoryReading:
+    """Return RAM as this process may use it: the machine's, the container's or the shell's limit, whichever is smallest.
+
+    Args:
+        group: the container; ``None`` for the one that this process runs in.
+    """
+    machine, group = psutil.virtual_memory(), group or ControlGroup.of_this_process()
     capacity, free, source, notes = machine.total, machine.available, "psutil", []
     if group is not None and group.limit < capacity:
         capacity, source = group.limit, "cgroup"
@@ -27,7 +31,7 @@ def host_memory() -> MemoryReading:
 
 def _address_space_left() -> int | None:
     """Return the bytes of address space that this process may still map, ``None`` for no limit."""
-    if os.name != "posix":
+    if os.name != "posix":  # pragma: no cover: another system
         return None
     import resource
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -190,8 +191,7 @@ def main() -> None:
     for fd in descriptors:
         os.set_inheritable(fd, False)
     _load_torch()
-    says = keeper.keep()
-    _work(*descriptors, says)
+    keeper.keep(functools.partial(_work, *descriptors))
 
 
 if __name__ == "__main__":

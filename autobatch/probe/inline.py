@@ -203,5 +203,5 @@ def _name_size(error: Exception, batch_size: int) -> None:
     note = f"autobatch: this was raised by the training step at batch size {batch_size}; it is not about memory."
     if hasattr(error, "add_note"):
         error.add_note(note)
-    else:
+    else:  # pragma: no cover: Python 3.10
         error.__notes__ = [*getattr(error, "__notes__", []), note]  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -105,8 +106,8 @@ def die_with(parent: int) -> None:
         os._exit(1)
 
 
-def keep() -> int:
-    """Fork one worker after another; return in each of them, with the descriptor on which it says that it makes room for the next.
+def keep(work: Callable[[int], NoReturn]) -> NoReturn:
+    """Fork one worker after another to do ``work``, which is given the descriptor on which to say that it makes room for the next.
 
     When a worker ends without having said so, or the parent ends, this process ends too, as the worker did.
     """
@@ -120,14 +121,18 @@ def keep() -> int:
         signal.signal(signal.SIGTERM, functools.partial(_kill, worker) if worker else signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         if worker == 0:
-            os.close(heard)
-            die_with(keeper)
-            return says
+            _begin(work, keeper, heard, says)
         os.close(says)
         status = _wait(worker, parent)
         clear_away()
         if not _said_so(heard) or os.getppid() != parent:
             _end_like(status)
+
+
+def _begin(work: Callable[[int], NoReturn], keeper: int, heard: int, says: int) -> NoReturn:
+    os.close(heard)
+    die_with(keeper)
+    work(says)
 
 
 def clear_away() -> None:

@@ -64,7 +64,7 @@ class WorkerProber:
         stdout: int | None = None,
         stderr: Callable[[str], object] | None = None,
     ) -> None:
-        if os.name != "posix":
+        if os.name != "posix":  # pragma: no cover: another system
             raise DeviceUnavailable(
                 f"A worker process needs POSIX pipes, which {sys.platform} has not. Probe in this process: find(…, isolate=False)."
             )
@@ -170,7 +170,7 @@ class _Worker:
     """One child process, its two pipes and the tail of its standard error.
 
     Attributes:
-        status: its exit status once it ended, negative for a signal.
+        status: its exit status once it ended, negative for a signal; 0 before.
     """
 
     def __init__(self, stdout: int | None, stderr: Callable[[str], object]) -> None:
@@ -181,7 +181,7 @@ class _Worker:
             raise WorkerFailed(
                 f"The worker process could not be started: {error}. Look for a limit on processes, files or memory."
             ) from error
-        self.status: int | None = None
+        self.status = 0
         self._ended = False
         self._pass_on = stderr
         self._tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
@@ -260,8 +260,6 @@ class _Worker:
                 self._pass_on(line)
 
     def _how_it_ended(self) -> str:
-        if self.status is None:
-            return "broke off"
         if self.status < 0:
             return f"was killed by {keeper.signal_name(-self.status)}"
         if self.status == wire.PIPE_LOST:
@@ -275,7 +273,7 @@ class _Worker:
             )
         if self.status in (-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP):
             return "The workload, a job limit or somebody sent it that signal: the last lines of its standard error are below."
-        if self.status is not None and self.status < 0:
+        if self.status < 0:
             return "Native code crashed: run one step of the same batch size by hand; the last lines of its standard error are below."
         if self.status == wire.PIPE_LOST:
             return "The workload closed file descriptors that are not its own (os.closerange, a daemon library): leave those alone."
@@ -286,6 +284,6 @@ def _memory_kills() -> int:
     """Return how many processes the kernel has killed for want of memory since it started."""
     try:
         lines = Path("/proc/vmstat").read_text().splitlines()
-    except OSError:
+    except OSError:  # pragma: no cover: another system
         return 0
     return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)

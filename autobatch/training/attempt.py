@@ -14,7 +14,8 @@ from torch.nn.parameter import is_lazy
 
 from autobatch.core.errors import InvalidRequest
 from autobatch.devices.forget import forget, give_back
-from autobatch.workload.randomness import Undo, generator_undo, generators, process_undo
+from autobatch.workload.randomness import generator_undo, generators, process_undo
+from autobatch.workload.undo import Undo
 
 
 class Attempt:

@@ -57,9 +57,8 @@ def switches() -> Iterator[_Switch]:
     yield from _attributes(*_ATTRIBUTES)
     yield from _precisions()
     for name in _ATTENTION:
-        read = getattr(torch.backends.cuda, f"{name}_sdp_enabled", None)
-        if read is not None:
-            yield f"{name} attention", read, getattr(torch.backends.cuda, f"enable_{name}_sdp")
+        cuda = torch.backends.cuda
+        yield f"{name} attention", getattr(cuda, f"{name}_sdp_enabled"), getattr(cuda, f"enable_{name}_sdp")
     yield from _global_hooks()
 
 
@@ -67,7 +66,7 @@ def _undo(read: Callable[[], Any], write: Callable[[Any], object]) -> Undo | Non
     try:
         before = read()
     except (RuntimeError, AttributeError, AssertionError):
-        return None  # this build of torch has no such switch
+        return None  # this build of torch has no such switch, or it was set by two
 
     def undo() -> None:
         try:
@@ -110,7 +109,7 @@ def _current_device() -> int | None:
     return torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
 
 
-def _set_current_device(index: int | None) -> None:
+def _set_current_device(index: int | None) -> None:  # pragma: no cover: needs two cards
     if index is not None:
         torch.cuda.set_device(index)
 
@@ -146,7 +145,7 @@ def _attributes(*tables: tuple[str, tuple[str, ...]]) -> Iterator[_Switch]:
 
 def _precisions() -> Iterator[_Switch]:
     read = getattr(torch._C, "_get_fp32_precision_getter", None)
-    if read is None:
+    if read is None:  # pragma: no cover: torch before 2.9
         yield from _attributes(*_OLD_PRECISIONS)
         yield "float32 matmul precision", torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
         return

@@ -20,9 +20,11 @@ from autobatch.workload.randomness import generator_undo, generators
 from autobatch.workload.undo import (
     Undo,
     array_undo,
+    bytes_undo,
     fill,
     is_array,
     is_filled,
+    lazy_undo,
     parts,
     put_bytes,
     sequence_undo,
@@ -104,7 +106,7 @@ class Keeper:
             self._undo.append(set_undo(value))
             return list(value)
         if isinstance(value, bytearray):
-            self._undo.append(sequence_undo(value))
+            self._undo.append(bytes_undo(value))
         elif self._copies and is_array(value):
             self._undo.append(array_undo(value))
         return list(value) if isinstance(value, (tuple, frozenset)) else ()
@@ -128,8 +130,7 @@ class Keeper:
                     object.__delattr__(value, name)
 
         self._undo.append(undo)
-        if isinstance(table, dict):
-            self._undo.append(table_undo(table))
+        self._undo.append(table_undo(table))
         return [*table.values(), *slots.values()]
 
     def _take_function(self, function: Any) -> Iterable[Any]:
@@ -154,6 +155,7 @@ class Keeper:
 
     def _take_tensor(self, tensor: Tensor) -> Iterable[Any]:
         if is_lazy(tensor):
+            self._undo.append(lazy_undo(tensor))
             return ()
         self._undo.append(tensor_undo(tensor))
         held = [vars(tensor), tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None)]
@@ -168,7 +170,7 @@ class Keeper:
 
     def _take_bytes(self, tensor: Tensor) -> None:
         if tensor.layout is not torch.strided:
-            alias, copy = tensor.detach(), tensor.detach().to("cpu", copy=True)
+            alias, copy = tensor.detach(), tensor.detach().clone()  # oneDNN's own, on the CPU
             self._undo.append(lambda: alias.copy_(copy))
             return
         storage = tensor.untyped_storage()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
-import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
-Undo = Callable[[], object]
+from autobatch.workload.undo import Undo, is_filled
 
 # Lists longer than this are data, not where a generator is kept.
 _LONG = 10_000
@@ -21,7 +22,7 @@ _CUDA_SEED = 67280421310721
 
 @contextlib.contextmanager
 def keep_random_state(*holders: Any) -> Iterator[None]:
-    """Put the random states of Python, NumPy (when loaded), torch and every device back at the end, whatever happened.
+    """Put the random states of Python, NumPy, torch and every device back at the end, whatever happened.
 
     Args:
         holders: objects whose own generators are put back too: a data loader, its sampler, a data set.
@@ -36,23 +37,19 @@ def keep_random_state(*holders: Any) -> Iterator[None]:
 
 def process_undo() -> list[Undo]:
     """Return functions that put the process's random states back as they are now."""
-    python, cpu = random.getstate(), torch.get_rng_state()
-    undo: list[Undo] = [lambda: random.setstate(python), lambda: torch.set_rng_state(cpu), _cuda_undo()]
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        array = numpy.random.get_state()
-        undo.append(lambda: numpy.random.set_state(array))
-    if torch.backends.mps.is_available():
+    python, array, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    undo: list[Undo] = [lambda: random.setstate(python), lambda: np.random.set_state(array), lambda: torch.set_rng_state(cpu), _cuda_undo()]
+    if torch.backends.mps.is_available():  # pragma: no cover: needs a Mac
         mps = torch.mps.get_rng_state()
         undo.append(lambda: torch.mps.set_rng_state(mps))
-    if hasattr(torch, "xpu") and torch.xpu.is_initialized():  # type: ignore[no-untyped-call]
+    if hasattr(torch, "xpu") and torch.xpu.is_initialized():  # type: ignore[no-untyped-call]  # pragma: no cover: needs an Intel GPU
         xpu = torch.xpu.get_rng_state_all()
         undo.append(lambda: torch.xpu.set_rng_state_all(xpu))
     return undo
 
 
 def _cuda_undo() -> Undo:
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # pragma: no cover: needs a card
         states = torch.cuda.get_rng_state_all()
         return lambda: torch.cuda.set_rng_state_all(states)
     # CUDA may be started meanwhile. Its generators then begin with the seeds that were given before: they are given once more.
@@ -60,7 +57,7 @@ def _cuda_undo() -> Undo:
     seeds = [call for call in tracker.get_calls() if call] if tracker is not None else []
 
     def undo() -> None:
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # pragma: no cover: needs a card
             for generator in torch.cuda.default_generators:
                 generator.manual_seed(_CUDA_SEED)
             for call in seeds:
@@ -77,15 +74,12 @@ def generator_undo(value: Any) -> Undo | None:
     if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
         python = value.getstate()
         return lambda: value.setstate(python)
-    numpy = sys.modules.get("numpy")
-    if numpy is None:
-        return None
-    if isinstance(value, numpy.random.RandomState):
+    if isinstance(value, np.random.RandomState):
         array = value.get_state()
         return lambda: value.set_state(array)
-    if isinstance(value, numpy.random.Generator):
+    if isinstance(value, np.random.Generator):
         value = value.bit_generator
-    if isinstance(value, numpy.random.BitGenerator):
+    if isinstance(value, np.random.BitGenerator):
         bits = value.state
         return lambda: setattr(value, "state", bits)
     return None
@@ -111,17 +105,12 @@ def _held(value: Any) -> list[Any]:
     if isinstance(value, types.MethodType):
         return [value.__self__, value.__func__]
     if isinstance(value, types.FunctionType):
-        return [*(cell.cell_contents for cell in value.__closure__ or () if not _is_empty(cell)), *(value.__defaults__ or ())]
+        return [*(cell.cell_contents for cell in value.__closure__ or () if is_filled(cell)), *(value.__defaults__ or ())]
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
     held = list(vars(value).values()) if hasattr(value, "__dict__") else []
     if isinstance(value, Mapping):
         held += value.values()
     elif isinstance(value, (list, tuple, set, frozenset)):
         held += value
     return held
-
-
-def _is_empty(cell: types.CellType) -> bool:
-    try:
-        return cell.cell_contents is cell
-    except ValueError:
-        return True

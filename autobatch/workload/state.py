@@ -17,6 +17,7 @@ from autobatch.core.errors import InvalidRequest
 from autobatch.workload.flags import flags_undo
 from autobatch.workload.keeper import Keeper
 from autobatch.workload.randomness import keep_random_state
+from autobatch.workload.undo import parts
 
 __all__ = ["Snapshot", "keep_random_state", "resident_bytes"]
 
@@ -110,7 +111,7 @@ class Snapshot:
         for parameter in dict.fromkeys(self._parameters()):
             yield None, None, parameter
         for module in self._model.modules():
-            if isinstance(module, torch.jit.ScriptModule):
+            if isinstance(module, torch.jit.ScriptModule):  # pragma: no cover: needs a card, torch moves such buffers nowhere else
                 yield from ((None, None, buffer) for buffer in module.buffers(recurse=False))
                 continue
             for table in (vars(module), module._buffers):
@@ -160,8 +161,12 @@ def resident_bytes(model: nn.Module, optimizer: Optimizer | None) -> int:
     """Return the bytes of parameters, buffers, gradients and optimizer state held now, shared storage counted once."""
     storages: dict[int, int] = {}
     for tensor in _tensors(model, optimizer):
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
+        for part in parts(tensor):
+            if part.layout is torch.strided:
+                storage = part.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+            else:  # oneDNN's own, which has no storage
+                storages[id(tensor)] = part.numel() * part.element_size()
     return sum(storages.values())
 
 

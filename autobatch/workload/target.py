@@ -115,9 +115,10 @@ def _optimizer(name: str, lr: float | None) -> Callable[[Iterable[nn.Parameter]]
     return lambda parameters: kind(parameters, **options)
 
 
-def _need(package: str, target: str) -> ModuleType:
+def _need(module: str, target: str) -> ModuleType:
+    package = module.partition(".")[0]
     try:
-        return importlib.import_module(package)
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name != package:
             raise

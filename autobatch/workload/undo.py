@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import collections
-import sys
 import types
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -43,8 +43,23 @@ def tensor_undo(tensor: Tensor) -> Undo:
     return undo
 
 
+def lazy_undo(tensor: Tensor) -> Undo:
+    """Return a function that makes ``tensor``, a parameter or buffer without a shape yet, that again."""
+    kind, alias = type(tensor), tensor.data
+
+    def undo() -> None:
+        if type(tensor) is not kind:
+            tensor.grad = None
+            tensor.data = alias
+            tensor.__class__ = kind
+
+    return undo
+
+
 def parts(tensor: Tensor) -> list[Tensor]:
-    """Return the tensors in which the numbers of ``tensor`` lie: itself, or a sparse one's numbers and places."""
+    """Return the tensors in which the numbers of ``tensor`` lie: itself, those it is made of, or a sparse one's numbers and places."""
+    if is_traceable_wrapper_subclass(tensor):
+        return [part for name in tensor.__tensor_flatten__()[0] for part in parts(getattr(tensor, name))]
     plain = tensor.detach()
     if tensor.layout is torch.sparse_coo:
         return [plain._indices(), plain._values()]
@@ -87,13 +102,24 @@ def table_undo(table: dict[Any, Any]) -> Undo:
 
 
 def sequence_undo(value: Any) -> Undo:
-    """Return a function that gives the list, deque or bytearray ``value`` the entries it has now."""
+    """Return a function that gives the list or deque ``value`` the entries it has now."""
     entries = list(value)
 
     def undo() -> None:
         if len(value) != len(entries) or any(a is not b for a, b in zip(value, entries, strict=True)):
             value.clear()
             value.extend(entries)
+
+    return undo
+
+
+def bytes_undo(value: bytearray) -> Undo:
+    """Return a function that gives ``value`` the bytes it has now, in place: a tensor or an array may lie in its memory."""
+    entries = bytes(value)
+
+    def undo() -> None:
+        if value != entries:
+            value[:] = entries
 
     return undo
 
@@ -112,17 +138,18 @@ def set_undo(value: set[Any]) -> Undo:
 
 def is_array(value: Any) -> bool:
     """Whether ``value`` is an array of NumPy in memory."""
-    numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(value, numpy.ndarray) and not isinstance(value, numpy.memmap)
+    return isinstance(value, np.ndarray) and not isinstance(value, np.memmap)
 
 
 def array_undo(array: Any) -> Undo:
     """Return a function that writes the numbers of ``array`` back."""
-    entries = array.copy()
+    entries, writeable = array.copy(), array.flags.writeable
 
     def undo() -> None:
-        if array.flags.writeable:
+        if writeable or array.flags.writeable:
+            array.flags.writeable = True
             array[...] = entries
+            array.flags.writeable = writeable
 
     return undo
 

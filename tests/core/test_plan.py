@@ -405,3 +405,25 @@ def test_a_document_cut_off_anywhere_is_refused() -> None:
     for end in range(0, len(text) - 1, 7):
         with pytest.raises(InvalidRequest):
             BatchPlan.from_json(text[:end])
+
+
+@pytest.mark.parametrize(
+    ("request_", "changes", "text"),
+    [
+        (PlanRequest(), {"at": setting(group_lrs=()), "limited_by": "max_batch_size"}, "batch size 12,288, limited by max_batch_size"),
+        (
+            PlanRequest(base_lr=0.1, base_batch_size=12_288, global_batch_size=24_576),
+            {},
+            "batch size 12,288, 2 accumulation steps, learning rate 0.2, limited by memory",
+        ),
+    ],
+)
+def test_a_plan_is_printed_as_a_line_and_its_notes(request_: PlanRequest, changes: dict[str, Any], text: str) -> None:
+    plan = plan_of(12_288, request=request_, **changes)
+    assert str(plan).splitlines() == [text, *(f"- {note}" for note in plan.notes)]
+
+
+def test_what_a_note_quotes_cannot_move_the_cursor_where_a_plan_is_printed() -> None:
+    plan = dataclasses.replace(plan_of(8), notes=("from \x1b[2J",))
+    assert "\x1b" not in str(plan)
+    assert "[2J" in str(plan).splitlines()[-1]

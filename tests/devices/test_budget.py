@@ -1,17 +1,23 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autobatch import InvalidRequest, MemoryReading
+from autobatch import DeviceUnavailable, InvalidRequest, MemoryReading
 from autobatch.core.records import ProcessMemory, Setting
 from autobatch.core.units import GIB, MIB
+from autobatch.devices import device_names, device_type, open_device
 from autobatch.devices.base import narrowed, set_budget
 from autobatch.devices.cgroup import ControlGroup
+from autobatch.devices.host import host_memory
 
 READING = MemoryReading(capacity=24 * GIB, free=18 * GIB, held=2 * GIB, others=(ProcessMemory(pid=77, used=4 * GIB),))
 
@@ -91,6 +97,29 @@ def test_the_tightest_limit_of_the_container_counts(tmp_path: Path, version: int
     assert (found.limit, found.free()) == (4 * GIB, 2 * GIB)
 
 
+def test_a_containers_limit_below_the_machines_ram_is_the_capacity(tmp_path: Path) -> None:
+    (tmp_path / "cgroup").write_text("0::/job")
+    group(tmp_path, 2, "job", str(3 * MIB), 2 * MIB, MIB // 2)
+    reading = host_memory(ControlGroup.of_this_process(tmp_path / "cgroup", tmp_path))
+    assert (reading.capacity, reading.free, reading.source) == (3 * MIB, 3 * MIB // 2, "cgroup")
+    assert reading.notes == (f"the container's limit ({tmp_path / 'job'}) is below the machine's RAM",)
+
+
+def test_a_containers_limit_above_the_machines_ram_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "cgroup").write_text("0::/job")
+    group(tmp_path, 2, "job", str(2**59), 2 * MIB, 0)
+    reading = host_memory(ControlGroup.of_this_process(tmp_path / "cgroup", tmp_path))
+    assert (reading.capacity, reading.source) == (psutil.virtual_memory().total, "psutil")
+
+
+def test_the_shells_limit_on_address_space_is_what_is_free() -> None:
+    script = "from autobatch.devices.host import host_memory as read; now = read(); print(now.free, *now.notes[-1:], sep='\\n')"
+    run = subprocess.run(["sh", "-c", 'ulimit -v 1048576 && exec "$0" -c "$1"', sys.executable, script], capture_output=True, text=True)
+    free, note = run.stdout.splitlines()
+    assert 0 < int(free) < GIB
+    assert note == "the shell's limit on address space (ulimit -v) is below the free RAM"
+
+
 def test_without_a_limit_there_is_no_group(tmp_path: Path) -> None:
     (tmp_path / "cgroup").write_text("0::/\n")
     assert ControlGroup.of_this_process(tmp_path / "cgroup", tmp_path) is None
@@ -111,3 +140,22 @@ def test_a_budget_is_narrowed_exactly_when_a_trial_could_no_longer_have_its_shar
     assert after.cap <= free
     assert after.cap < cap
     assert len(after.notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mps", r"cannot hold 'mps' memory to a limit yet\. Known devices: cuda, cpu\. .* mps, autobatch\.search\(run\) works"),
+        ("gpu", r"'gpu' is no device\. Known here: cuda, cuda:0 and so on, cpu\."),
+        (3.5, r"3\.5 is no device"),
+    ],
+)
+def test_a_device_that_cannot_be_probed_on_is_told_with_what_can(name: Any, message: str) -> None:
+    with pytest.raises(DeviceUnavailable, match=message):
+        open_device(name)
+
+
+def test_the_default_device_is_the_current_card_or_the_cpu() -> None:
+    assert device_type() == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert device_names() == [*(f"cuda:{index}" for index in range(torch.cuda.device_count())), "cpu"]
+    assert (device_type("cuda:99"), open_device(torch.device("cpu")).name) == ("cuda", "cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import weakref
@@ -241,6 +242,24 @@ def test_an_error_that_breaks_the_device_stops_probing_in_this_process(message: 
     finally:
         prober.close()
     assert torch.equal(model.weight, weights)
+
+
+@pytest.mark.parametrize(("broken", "message"), [(True, ILLEGAL), (True, "the disk is full"), (False, ILLEGAL)])
+def test_what_lies_on_a_lost_device_is_given_up_and_nothing_else(broken: bool, message: str) -> None:
+    class Log(list[int]):
+        """What the restore of a tensor is that lies on a card: it fails with the card's error."""
+
+        def clear(self) -> None:
+            raise ACCELERATOR_ERROR(message)
+
+    model = nn.Linear(4, 4)
+    model.log = Log()
+    prober = probers(model, 256 * MIB, step=breaking_above(6 if broken else 99), sample=torch.ones(1, 4))
+    model.log.append(1)
+    with pytest.raises(WorkloadFailed) if broken else contextlib.nullcontext():
+        prober.probe(7)
+    with contextlib.nullcontext() if broken and message == ILLEGAL else pytest.raises(RuntimeError, match=message.splitlines()[0]):
+        prober.close()
 
 
 def test_a_device_that_breaks_at_the_first_size_says_that_none_had_fitted() -> None:

@@ -20,12 +20,17 @@ import autobatch
 from autobatch import DeviceUnavailable, InvalidRequest, Outcome, WorkerFailed, WorkloadFailed
 from autobatch.core.options import PlanRequest, SearchOptions
 from autobatch.loop import Run
+from autobatch.probe import wire
+from autobatch.probe.keeper import kill_marked
 from autobatch.probe.worker import WorkerProber
 
 TARGETS = """
-import json, os, signal, subprocess, sys, time
+import asyncio, atexit, json, os, signal, subprocess, sys, time
 import torch
 from torch import nn
+
+if "coverage" in sys.modules:  # it ends with the clean-up that a worker runs before it ends: what comes then is to be counted too
+    atexit.unregister(sys.modules["coverage"].Coverage.current()._atexit)
 
 class Step(nn.Module):
     def __init__(self, act=None, at=4):
@@ -68,6 +73,20 @@ def crowded():
 WORKER = os.getpid()
 def at_import(): raise OSError("no disk")
 def ends(): sys.exit(7)
+def cancelled():
+    def act(): raise asyncio.CancelledError("no more")
+    return options(act)
+def vector(): return {**options(), "step": lambda net, batch: net(batch).repeat(3)}
+def rude():
+    atexit.register(os._exit, 5)
+    return options()
+def last_words():
+    atexit.register(print, "and goodbye")
+    return options(lambda: sys.stdout.write("last words "))
+def shares():
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    KEPT.append(torch.ones(4096).share_memory_())
+    return options()
 """
 
 
@@ -295,6 +314,111 @@ def test_a_time_limit_ends_a_probe_under_way_and_returns_what_was_proven(target:
     assert [(probe.message, probe.batch_size >= 4) for probe in stopped] == [("stopped when the time limit of the search was over", True)]
     assert 1 <= plan.batch_size < 4
     assert (plan.limited_by, plan.probes[-1].confirmation, plan.probes[-1].outcome) == ("time_limit", True, Outcome.FIT)
+
+
+def test_an_exception_that_is_no_error_ends_the_worker_and_is_shown(target: str) -> None:
+    worker = prober(f"{target}:cancelled")
+    with pytest.raises(WorkerFailed, match=r"ended with exit code 1 at batch size 4\. The workload ended the process itself") as caught:
+        worker.probe(4)
+    assert caught.value.stderr_tail.endswith("CancelledError: no more")
+
+
+def test_a_step_that_returns_no_loss_is_told_in_one_line(target: str) -> None:
+    worker = prober(f"{target}:vector")
+    with pytest.raises(WorkloadFailed, match=r"step returned a tensor of shape \(3,\); a scalar is wanted") as caught:
+        worker.probe(1)
+    assert caught.value.traceback_text.splitlines()[0] == f"autobatch.core.errors.WorkloadFailed: {caught.value}"
+
+
+def test_a_worker_whose_clean_up_ends_it_is_replaced_with_what_it_was_forked_from(target: str) -> None:
+    worker = prober(f"{target}:rude")
+    try:
+        keeper, _ = workers()
+        assert worker.probe(500).outcome is Outcome.OOM
+        assert worker.probe(2).outcome is Outcome.FIT
+        assert workers()[0] != keeper
+    finally:
+        worker.close()
+
+
+def test_a_worker_that_is_killed_between_two_probes_is_named(target: str) -> None:
+    worker = prober(f"{target}:plain")
+    assert worker.probe(1).outcome is Outcome.FIT
+    keeper, child = (psutil.Process(pid) for pid in workers())
+    keeper.kill()
+    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    with pytest.raises(WorkerFailed, match=r"The worker was killed by SIGKILL at batch size 2\. Something outside killed it"):
+        worker.probe(2)
+
+
+def test_what_a_workload_says_last_is_written(target: str, capfd: pytest.CaptureFixture[str]) -> None:
+    worker = prober(f"{target}:last_words")
+    assert worker.probe(4, steps=1).outcome is Outcome.FIT
+    worker.close()
+    assert capfd.readouterr().err.endswith("last words and goodbye\n")
+
+
+def test_sockets_of_shared_memory_go_with_the_worker(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    worker = prober(f"{target}:shares")
+    (first,) = tmp_path.glob("torch-shm-dir-*")
+    assert worker.probe(500).outcome is Outcome.OOM
+    assert worker.probe(1).outcome is Outcome.FIT
+    assert not first.exists()
+    worker.close()
+    assert list(tmp_path.glob("torch-shm-dir-*")) == []
+
+
+def test_processes_below_a_keeper_that_is_gone_are_found_by_its_mark() -> None:
+    command = [sys.executable, "-c", "import time; time.sleep(1000)"]
+    mine, other = (subprocess.Popen(command, env={**os.environ, "AUTOBATCH_WORKER": mark}) for mark in ("mine", "other"))
+    try:
+        kill_marked("mine", seconds=0)
+        assert mine.poll() is None
+        kill_marked("mine")
+        assert mine.wait() == -signal.SIGKILL
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
+
+
+@pytest.mark.parametrize("line", [b"42\n", b"{}\n", b'{"probe": 1', b"\xff\n"])
+def test_a_line_that_is_no_answer_is_refused(line: bytes) -> None:
+    with pytest.raises(ValueError):
+        wire.reply(line)
+
+
+class Locked(Exception):
+    """Cannot be sent: a lock stays in its process."""
+
+    def __init__(self) -> None:
+        super().__init__("still locked")
+        self.lock = threading.Lock()
+
+
+class Unmade(Exception):
+    """Can be sent, and not be made again."""
+
+    def __reduce__(self) -> Any:
+        return getattr, (None, "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "original"),
+    [
+        (KeyError("missing"), "KeyError: 'missing'", KeyError),
+        (Locked(), "Locked: still locked", type(None)),
+        (Unmade("once"), "Unmade: once", type(None)),
+        (KeyboardInterrupt(), "KeyboardInterrupt: ", type(None)),
+        (WorkloadFailed("no loss"), "no loss", type(None)),
+    ],
+)
+def test_an_error_arrives_as_what_it_said_and_where_possible_as_itself(error: BaseException, message: str, original: type) -> None:
+    arrived = wire.error_from(wire.decode(wire.encode(wire.error_to(error))), 3)
+    assert isinstance(arrived, WorkloadFailed)
+    assert (str(arrived), arrived.batch_size, type(arrived.original)) == (message, 3, original)
 
 
 def test_seconds_for_a_probe_are_above_zero(target: str) -> None:

@@ -11,6 +11,7 @@ from busy import Busy, train
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
+import autobatch
 from autobatch import InvalidRequest
 from autobatch.workload.state import Snapshot, keep_random_state, resident_bytes
 
@@ -119,6 +120,36 @@ def test_resident_bytes_count_shared_storage_once() -> None:
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
     assert resident_bytes(model, optimizer) == 64 * 4 + 4  # weight, gradient, two moments and the step count
+
+
+@pytest.mark.parametrize(
+    ("tensor", "size"),
+    [
+        (torch.eye(4).to_sparse(), 4 * (4 + 16)),  # four numbers, and two places of eight bytes each
+        (torch.ones(4, 4).to_mkldnn(), 64),
+        (TwoTensor(torch.ones(2), torch.ones(3)[:2]), 8 + 12),
+    ],
+    ids=["sparse", "oneDNN", "two"],
+)
+def test_resident_bytes_of_tensors_that_have_no_storage_of_their_own(tensor: torch.Tensor, size: int) -> None:
+    model = nn.Linear(2, 2, bias=False)
+    model.register_buffer("other", tensor)
+    assert resident_bytes(model, None) == 16 + size
+
+
+def test_find_takes_a_model_with_a_sparse_buffer_and_puts_it_back() -> None:
+    class Graph(nn.Linear):
+        """A graph convolution over four nodes."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.edges._values().mul_(1.5)
+            return super().forward(torch.sparse.mm(self.edges, x.flatten(1).T).T)
+
+    model = Graph(4, 1)
+    model.register_buffer("edges", torch.eye(4).to_sparse())
+    plan = autobatch.find(model, torch.ones(1, 4), max_batch_size=2, memory_budget="64MiB", device="cpu", isolate=False)
+    assert plan.batch_size == 2
+    assert torch.equal(model.edges.to_dense(), torch.eye(4))
 
 
 def test_memory_that_was_given_up_is_taken_again() -> None:

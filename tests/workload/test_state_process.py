@@ -49,6 +49,49 @@ def test_every_switch_is_put_back(name: str) -> None:
     assert read() == before
 
 
+@pytest.mark.parametrize("outside", [0, 1])
+def test_contexts_of_autocast_that_a_step_left_open_are_closed(outside: int) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(outside):
+            stack.enter_context(torch.autocast("cpu"))
+        snapshot = Snapshot(nn.Linear(1, 1), None, CPU)
+        for _ in range(3):
+            torch.autocast("cpu", dtype=torch.float16).__enter__()
+        snapshot.restore()
+        assert torch.autocast_increment_nesting() == outside + 1
+        torch.autocast_decrement_nesting()
+        assert (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")) == (bool(outside), torch.bfloat16)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="since torch 2.9 two switches set one precision")
+def test_a_precision_that_torch_refuses_to_read_is_put_back() -> None:
+    matmul = torch.backends.cuda.matmul
+    usual = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        with pytest.raises(RuntimeError):
+            torch.get_float32_matmul_precision()
+        snapshot = Snapshot(nn.Linear(1, 1), None, CPU)
+        matmul.fp32_precision = "ieee"
+        snapshot.restore()
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = usual
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_everything_is_put_back_from_another_thread_too() -> None:
+    model, optimizer, hidden = busiest()
+    before = look(model, optimizer, hidden)
+    with keep_random_state():
+        snapshot = Snapshot(model, optimizer, CPU)
+        train(model, optimizer, 1)
+    thread = threading.Thread(target=snapshot.restore)
+    thread.start()
+    thread.join()
+    assert differences(before, look(model, optimizer, hidden)) == {}
+
+
 def test_hooks_on_every_module_are_put_back() -> None:
     snapshot = Snapshot(nn.Linear(1, 1), None, CPU)
     nn.modules.module.register_module_forward_hook(lambda *_: None)
