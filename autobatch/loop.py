@@ -62,7 +62,7 @@ class Run:
         self._walls: dict[int, Probe] = {}
         self._confirmed: set[int] = set()
         self._notes: list[str] = []
-        self._narrowed = False
+        self._narrowed = self._strict = False
         self.probes: list[Probe] = []
 
     def plan(self) -> BatchPlan:
@@ -101,7 +101,7 @@ class Run:
         size = probe.batch_size
         if narrowed and self._narrowed:
             raise DeviceUnavailable(_neighbours(self._setting, size))
-        self._narrowed = self._narrowed or narrowed
+        self._narrowed, self._strict = self._narrowed or narrowed, True
         self._search.reject(size)
         for known in self.probes:
             if (known.peak_allocated or 0) > self._setting.cap and known.batch_size <= (self._search.best or 0):
@@ -141,10 +141,11 @@ class Run:
     def _steps(self, *, confirm: bool = False) -> int:
         """Return the training steps of a trial: one less than asked for, and two at the least; all of them for the one that confirms.
 
-        In the second step the optimizer's state is resident, so a third says nothing new of the memory. Times want more of them.
+        In the second step the optimizer's state is resident, so a third says nothing new of the memory, as long as no confirmation has
+        failed. Times want more of them.
         """
         asked = max(5, self._options.steps) if self._for_speed else self._options.steps
-        return max(3, asked) if confirm else max(2, asked - 1)
+        return max(3, asked) if confirm or self._strict else max(2, asked - 1)
 
     def _probe(self, size: int, *, steps: int, confirm: bool = False) -> Probe:
         self._progress(Trying(batch_size=size, confirmation=confirm, best=self._search.best, wall=self._search.wall))

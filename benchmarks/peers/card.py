@@ -126,6 +126,7 @@ class SimulatedDevice:
     name, description = "cpu", "a formula"
     notes: tuple[str, ...] = ()
     capability: tuple[int, int] | None = None
+    is_host, spills = False, False
 
     def __init__(self, card: Card) -> None:
         self._card = card
