@@ -62,14 +62,6 @@ def parent():
     return options()
 KEPT = []
 def leaks(): return {**options(), "step": lambda net, batch: (KEPT.append(torch.ones(2**21)), net(batch))[1]}
-NEIGHBOUR = "import psutil, time; taken = b'x' * (psutil.virtual_memory().available // 8); print(flush=True); time.sleep(1000)"
-def crowded():
-    def act():
-        if not KEPT:
-            KEPT.append(subprocess.Popen([sys.executable, "-c", NEIGHBOUR], stdout=subprocess.PIPE))
-            KEPT[0].stdout.readline()
-    model = options()
-    return {**model, "step": lambda net, batch: (act() if os.getpid() == WORKER else None, net(batch))[1]}
 WORKER = os.getpid()
 def at_import(): raise OSError("no disk")
 def ends(): sys.exit(7)
@@ -288,13 +280,20 @@ def test_a_worker_that_keeps_what_a_trial_left_is_replaced(target: str) -> None:
         worker.close()
 
 
+NEIGHBOUR = "import psutil, sys; taken = b'x' * (psutil.virtual_memory().available // 8); print(flush=True); sys.stdin.read()"
+
+
 def test_a_neighbour_that_came_during_the_search_narrows_the_limit_for_good(target: str) -> None:
-    worker = WorkerProber(target=f"{target}:crowded", options={"device": "cpu", "margin": 0.01}, stdout=2, stderr=lambda _: None)
+    worker = WorkerProber(target=f"{target}:plain", options={"device": "cpu", "margin": 0.01}, stdout=2, stderr=lambda _: None)
+    command = [sys.executable, "-c", NEIGHBOUR]
     try:
         before = worker.setting
         assert worker.probe(2).outcome is Outcome.FIT
         assert worker.setting == before
-        confirmed = worker.probe(2, confirm=True)
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as neighbour:
+            assert neighbour.stdout is not None
+            neighbour.stdout.readline()
+            confirmed = worker.probe(2, confirm=True)
         assert (confirmed.outcome, confirmed.confirmation) == (Outcome.FIT, True)
         after = worker.setting
         assert after.cap < 0.95 * before.cap
@@ -342,14 +341,14 @@ def test_a_worker_whose_clean_up_ends_it_is_replaced_with_what_it_was_forked_fro
 
 
 def test_a_worker_that_is_killed_between_two_probes_is_named(target: str) -> None:
-    worker = prober(f"{target}:plain")
-    assert worker.probe(1).outcome is Outcome.FIT
+    worker = prober(f"{target}:slow")
+    assert [worker.probe(size).outcome for size in (1, 2)] == [Outcome.FIT] * 2
     keeper, child = (psutil.Process(pid) for pid in workers())
     keeper.kill()
     while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.01)
-    with pytest.raises(WorkerFailed, match=r"The worker was killed by SIGKILL at batch size 2\. Something outside killed it"):
-        worker.probe(2)
+    with pytest.raises(WorkerFailed, match=r"The worker was killed by SIGKILL at batch size 3\. Something outside killed it"):
+        worker.probe(3)
 
 
 def test_what_a_workload_says_last_is_written(target: str, capfd: pytest.CaptureFixture[str]) -> None:
