@@ -12,7 +12,7 @@ from autobatch.core.errors import DeviceUnavailable, NoBatchSizeFits, WorkloadFa
 from autobatch.core.memory_model import MemoryModel, through_points
 from autobatch.core.options import PlanRequest, SearchOptions
 from autobatch.core.plan import BatchPlan, make_plan, micro_batch
-from autobatch.core.records import Outcome, Probe, Setting, Trying
+from autobatch.core.records import MemoryReading, Outcome, Probe, Setting, Trying
 from autobatch.core.search import Ending, Search
 from autobatch.core.spilling import spilled
 from autobatch.core.throughput import fast_enough, next_to_time, step_times
@@ -246,15 +246,16 @@ def _who_holds_the_rest(setting: Setting) -> str:
     amount = f"{format_bytes(reading.obtainable)} of the device's {format_bytes(reading.capacity)}"
     if setting.budget < reading.obtainable:
         return f"{amount} could be had."
-    holders = ", ".join(f"{other.name or 'a process'} (pid {other.pid}) {format_bytes(other.used or 0)}" for other in reading.others)
+    holders = _holders(reading)
     return f"More than {amount} cannot be had now" + (f": others hold the rest, {holders}." if holders else ".")
 
 
+def _holders(reading: MemoryReading) -> str:
+    return ", ".join(f"{other.name or 'a process'} (pid {other.pid}) {format_bytes(other.used or 0)}" for other in reading.others)
+
+
 def _neighbours(setting: Setting, batch_size: int) -> str:
-    left = format_bytes(setting.reading.obtainable)
-    holders = ", ".join(
-        f"{other.name or 'a process'} (pid {other.pid}) {format_bytes(other.used or 0)}" for other in setting.reading.others
-    )
+    left, holders = format_bytes(setting.reading.obtainable), _holders(setting.reading)
     return (
         f"Memory on {setting.device} went to others twice during the search: batch size {batch_size} fitted, and at its confirmation only "
         f"{left} could be had{f'; others hold {holders}' if holders else ''}. Next: try again when they have ended, choose another device, "

@@ -35,7 +35,9 @@ class HostMemory:
     def refuses(self, batch_size: int, cap: int) -> Probe | None:
         """Return the probe of a size whose batches alone are too large for the host; ``None`` where a trial has to tell."""
         waiting, feeding = self.waiting(batch_size), self._workload.feeding
-        needed = waiting + waiting // feeding.waiting if waiting else 0
+        if not waiting:
+            return None
+        needed = waiting + waiting // feeding.waiting
         room = cap if self._shared else host_memory().free
         if needed <= room:
             return None

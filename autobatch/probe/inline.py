@@ -68,8 +68,7 @@ class InlineProber:
             self._resident = resident_bytes(workload.model, workload.optimizer)
             gc.collect()  # garbage that is freed during a trial would be missing from its peak
             device.release()
-            setting = settled or self._read_setting(memory_budget, margin, defaults or {})
-            self.setting = setting if settled else dataclasses.replace(setting, expected=expected, notes=(*setting.notes, *notes))
+            self.setting = settled or self._read_setting(memory_budget, margin, defaults or {}, expected, notes)
             self._host = HostMemory(workload, device)
             self._stack = stack.pop_all()
 
@@ -150,10 +149,17 @@ class InlineProber:
         reading = self._device.memory()
         return dataclasses.replace(reading, held=max(reading.held, self._resident))
 
-    def _read_setting(self, memory_budget: int | float | str | None, margin: float, defaults: Mapping[str, Any]) -> Setting:
+    def _read_setting(
+        self,
+        memory_budget: int | float | str | None,
+        margin: float,
+        defaults: Mapping[str, Any],
+        expected: tuple[tuple[int, int], ...],
+        notes: tuple[str, ...],
+    ) -> Setting:
         workload, device = self._workload, self._device
         reading = self._reading()
-        budget, cap, notes = set_budget(reading, memory_budget, margin)
+        budget, cap, narrowing = set_budget(reading, memory_budget, margin)
         return Setting(
             device=device.name,
             device_description=device.description,
@@ -172,9 +178,10 @@ class InlineProber:
             optimizer_name=type(workload.optimizer).__name__ if workload.optimizer else "",
             dataset_size=workload.dataset_size,
             environment=environment() | device.environment(),
-            notes=(*reading.notes, *notes, *workload.notes, *device.notes),
+            notes=(*reading.notes, *narrowing, *workload.notes, *device.notes, *notes),
             defaults=defaults,
             spills=device.spills,
+            expected=expected,
         )
 
 

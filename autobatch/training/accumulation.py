@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from autobatch.core.errors import InvalidRequest
+from autobatch.core.units import divide_up
 from autobatch.workload.batches import count_rows, cut
 
 LOSSES = ("mean", "sum", "tokens")
@@ -222,7 +223,7 @@ def _over_ranks(total: float | None, reduction: Reduction, across_ranks: bool | 
 
 def equal_part(rows: int, size: int) -> int:
     """Return the rows of the next of the fewest parts of at most ``size`` rows, as equal as can be."""
-    return -(-rows // -(-rows // size))
+    return divide_up(rows, divide_up(rows, size))
 
 
 def _divisor(loss: Tensor) -> float | None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from torch.utils.data import DataLoader as DataLoader
 from torch.utils.data import (
@@ -24,9 +23,9 @@ from torch.utils.data import (
 
 from autobatch.core.errors import InvalidRequest
 from autobatch.core.units import counted, format_bytes
-from autobatch.devices.cgroup import ControlGroup
+from autobatch.devices.host import host_memory
 from autobatch.training.ramps import this_rank
-from autobatch.workload.batches import tensor_bytes
+from autobatch.workload.batches import host_bytes
 from autobatch.workload.randomness import keep_random_state
 
 if TYPE_CHECKING:
@@ -150,14 +149,12 @@ def _ahead(plan: BatchPlan, dataset: Dataset[Any], options: dict[str, Any], work
 def _row_bytes(dataset: Dataset[Any], collate: Callable[[list[Any]], Any]) -> int:
     """Return the bytes of one row as the loader hands it over; random numbers that reading it draws are put back."""
     with keep_random_state(dataset, collate):
-        return tensor_bytes(collate([dataset[0]]))
+        return host_bytes(collate([dataset[0]]))
 
 
 def _available() -> int:
     """Return the bytes that batches ahead may take: of free memory, and of the shared memory through which workers hand them over."""
-    group = ControlGroup.of_this_process()
-    free = psutil.virtual_memory().available
-    free = int(_SHARE * (free if group is None else min(free, group.free())))
+    free = int(_SHARE * host_memory().free)
     return min(free, shutil.disk_usage(_SHARED_MEMORY).free) if _SHARED_MEMORY.is_dir() else free
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from autobatch.core.errors import InvalidRequest, NoBatchSizeFits
+from autobatch.core.units import divide_up
 from autobatch.devices.forget import first_line
 from autobatch.devices.oom import classify
 from autobatch.training.accumulation import MicroStep, Reduction, equal_part
@@ -151,7 +152,7 @@ class Resilient:
 
     def _shrink(self, size: int, failure: Exception, held: bool) -> None:
         """Run half of ``size`` rows at once from now on, and say so."""
-        self.batch_size = -(-size // 2)
+        self.batch_size = divide_up(size, 2)
         note = (
             f"{size} rows ran out of memory ({first_line(failure)}); they run again as micro-batches of at most {self.batch_size} rows "
             "with the same gradient, and so do later batches"

@@ -201,11 +201,6 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
             yield from _leaves(getattr(value, field.name), f"{name}.{field.name}")
 
 
-def tensor_bytes(value: Any) -> int:
-    """Return the bytes of the tensors in a nest."""
-    return sum(leaf.numel() * leaf.element_size() for _, leaf in _leaves(value, "value"))
-
-
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Return ``value`` with ``change`` applied to its tensors; containers keep their type, anything else stays as it is."""
     return map_leaves(value, change, lambda leaf: isinstance(leaf, Tensor))
