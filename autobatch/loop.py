@@ -102,7 +102,7 @@ class Run:
         if narrowed and self._narrowed:
             raise DeviceUnavailable(_neighbours(self._setting, size))
         self._narrowed, self._strict = self._narrowed or narrowed, True
-        self._search.reject(size)
+        self._search.reject(size, barely=not narrowed)
         for known in self.probes:
             if (known.peak_allocated or 0) > self._setting.cap and known.batch_size <= (self._search.best or 0):
                 self._search.reject(known.batch_size)

@@ -17,17 +17,19 @@ from autobatch.core.units import MIB
 
 # No batch is larger.
 LAST = 2**20
-# Relative wobble that is expected of readings, the worst that a jump must survive, and the absolute steps that allocators round to.
+# Relative wobble that is expected of readings, the worst that a jump must survive, and the absolute steps that allocators round to: a
+# card's, and a finer share of less memory than any card has.
 WOBBLE = 0.0025
 WORST_WOBBLE = 0.03
-ROUNDING = 2 * MIB
+ROUNDING, FINER = 2 * MIB, 2048
 # From this growth of the peak on, the worst wobble can no longer be taken for a slope.
 RESOLVED = 1.5
 # A prediction counts as confirmed by a probe this close to the wall that came out this close to what was predicted.
 NEAR_WALL = 0.05
 CONFIRMED = 0.01
-# How far below a wall the next size is taken.
-STEP = 0.02
+# How far below a wall the next size is taken, and how much of the way back where the wall was a long way from what was measured: over a
+# long way another moment of the step becomes the highest, whose rows cost more.
+STEP, WAY_BACK = 0.02, 0.125
 # Where a search begins that expects something: at a size expected to need this share of the limit. Less than half, so that it fits also
 # where twice as much is needed, and the step from there to the wall doubles the best.
 START = 0.46
@@ -112,6 +114,8 @@ class MemoryModel:
         if wall is None and limit is not None and best < limit and len(self._forward_backward) == 1 and self._expected is not None:
             return best + max(1, int(CLOSE * (limit - best)))
         safe = self._safe(best)
+        if self._has_turned(best, limit) and best * (1 + WOBBLE) < safe < (wall or safe + 1):
+            return safe
         if wall is not None and (limit or safe) >= wall * (1 - NEAR_WALL):
             return self._below(wall, best, limit)
         if limit is None or best < limit * (1 - NEAR_WALL):
@@ -140,9 +144,13 @@ class MemoryModel:
             return int(best * self.cap * (1 - WOBBLE) / (self._peak(best) * (1 + WOBBLE)))
         return best + int(max(0.0, room) / self._slope(best, self._wobble(best))[1])
 
+    def _has_turned(self, best: int, limit: int | None) -> bool:
+        """Whether ``best``, close to the wall, is not what was predicted: what the rows cost from here on is known better only now."""
+        return self._surprise.get(best, 0.0) > CONFIRMED and limit is not None and best >= limit * (1 - NEAR_WALL)
+
     def _below(self, wall: int, best: int, limit: int | None) -> int | None:
         """Return a size under ``wall`` that is likely to fit and close to it, inside the bracket far enough for either verdict to count."""
-        close = int(wall * (1 - STEP))
+        close = int(wall - max(STEP * wall, WAY_BACK * (wall - best)))
         if best < close:
             return close if limit is None or limit >= close else max(limit, best + (wall - best) // 8)
         if limit is None or not best < limit < wall or (self.residual or 0.0) > CONFIRMED:
@@ -160,7 +168,7 @@ class MemoryModel:
         low_bounds, high_bounds = [0.0], []
         for size, peak in self._forward_backward.items():
             if size < top:
-                slack = wobble * (high + peak) + ROUNDING
+                slack = wobble * (high + peak) + (min(ROUNDING, self.cap / FINER) if wobble == WOBBLE else ROUNDING)
                 low_bounds.append((high - peak - slack) / (top - size))
                 high_bounds.append((high - peak + slack) / (top - size))
         return max(low_bounds), max(1.0, min(high_bounds, default=float("inf")))

@@ -53,7 +53,7 @@ class Search:
         self._fitted: list[int] = []
         self._pending: int | None = None
         self._owes_plain = False
-        self._rejected = False
+        self._rejected = self._retreats = False
         self.best: int | None = None
         self.wall: int | None = None
 
@@ -93,8 +93,8 @@ class Search:
     def ask(self) -> int | None:
         """Return the size to run next, ``None`` when the search has ended; asking again before telling gives the same size."""
         if self._pending is None and self.ending is None:
-            hint = None if self._owes_plain or self._rejected else self._hint()
-            self._owes_plain = False
+            hint = None if self._owes_plain else self._retreat() if self._rejected else self._hint()
+            self._owes_plain = self._retreats = False
             self._pending = self._plain() if hint is None else hint
             self._pending_is_hint = hint is not None
         return self._pending
@@ -118,9 +118,12 @@ class Search:
             doubled = fits and (best is None or batch_size >= 2 * best)
             self._owes_plain = not doubled and 2 * self._width() > width
 
-    def reject(self, batch_size: int) -> None:
-        """Take back that ``batch_size`` fits: a longer trial of it failed, so it is the wall, and advice that led to it is void."""
-        self._pending, self._rejected = None, True
+    def reject(self, batch_size: int, *, barely: bool = False) -> None:
+        """Take back that ``batch_size`` fits: a longer trial of it failed, so it is the wall, and advice that led to it is void.
+
+        ``barely`` says that it may have been a little too large only: the next probe is then just far enough below it to end the search.
+        """
+        self._pending, self._rejected, self._retreats = None, True, barely
         self._fitted = [size for size in self._fitted if size < batch_size]
         self.best = max(self._fitted, default=None)
         self.wall = batch_size
@@ -149,6 +152,13 @@ class Search:
             return None
         top = space.last if self.wall is None else self.wall - multiple
         return min(max(suggested // multiple * multiple, self.best + multiple), top)
+
+    def _retreat(self) -> int | None:
+        """Return a size half the tolerance below a wall that has just come closer, ``None`` when there is no room or no such wall."""
+        if not self._retreats or self.wall is None or self.best is None:
+            return None
+        size = int(self.wall * (1 - self._space.tolerance / 2)) // self._space.multiple_of * self._space.multiple_of
+        return size if self.best < size < self.wall else None
 
     def _plain(self) -> int:
         """Return the first size, twice the best while nothing has failed, then the middle of the bracket."""

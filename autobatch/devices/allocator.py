@@ -11,6 +11,9 @@ from autobatch.core.units import KIB, MIB
 
 # Blocks of this size or more come from the kernel, smaller ones from the heap.
 _LARGE = 64 * KIB
+# Room for small blocks: how much, in holes of which size; the largest objects that Python's own allocator takes, and its arenas.
+_AHEAD, _SMALL = 4 * MIB, 60 * KIB
+_OBJECT, _ARENA = 448, 256 * KIB
 # mallopt keys (malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
@@ -49,6 +52,27 @@ def filled_holes() -> Iterator[None]:
         yield
     finally:
         for block in held:
+            library.free(block)  # type: ignore[union-attr]
+
+
+@contextlib.contextmanager
+def small_blocks_ahead() -> Iterator[None]:
+    """Lay up room for small blocks, of C and of Python, so that a trial's own need no address space and differ from no other's.
+
+    Every second block is freed: the holes are too small for a tensor that counts. Of Python's arenas, one object keeps each.
+    """
+    library = _library()
+    blocks = [] if library is None else [library.malloc(_SMALL) for _ in range(2 * _AHEAD // _SMALL)]
+    for block in blocks[::2]:
+        library.free(block)  # type: ignore[union-attr]
+    objects = [bytes(_OBJECT) for _ in range(2 * _AHEAD // _OBJECT)]
+    del_every = objects[:: _ARENA // _OBJECT]
+    del objects
+    try:
+        yield
+    finally:
+        del del_every
+        for block in blocks[1::2]:
             library.free(block)  # type: ignore[union-attr]
 
 

@@ -21,6 +21,7 @@ from autobatch.core.errors import DeviceUnavailable
 from autobatch.core.records import MemoryReading, Outcome, Peak
 from autobatch.core.units import KIB, MIB
 from autobatch.devices import allocator, oom
+from autobatch.devices.address_space import HighWater
 from autobatch.devices.forget import said_by
 from autobatch.devices.host import host_memory
 
@@ -44,6 +45,7 @@ class _Process:
     """This process's memory in bytes, as the kernel counts it."""
 
     virtual: int
+    highest_virtual: int
     highest: int
     anonymous: int
     files: int
@@ -57,6 +59,7 @@ class _Process:
 
         return cls(
             virtual=amount("VmSize"),
+            highest_virtual=amount("VmPeak"),
             highest=amount("VmHWM"),
             anonymous=amount("RssAnon"),
             files=amount("RssFile") + amount("RssShmem"),
@@ -85,7 +88,8 @@ class CpuDevice:
         self.description = f"CPU, {os.cpu_count()} cores"
         self._limit = 0
         self._ceilings: tuple[int, int] | None = None  # the address-space limits outside the trial, None outside a trial
-        self._resets = 0
+        self._resets, self._exact = 0, False
+        self._water = HighWater(_address_space)
         # Address space and anonymous bytes when the first trial began, less tensors and generated code. What libraries keep from then
         # on counts in every trial, as a workspace does on a card.
         self._floors: tuple[int, int] | None = None
@@ -97,7 +101,8 @@ class CpuDevice:
         self._floors = None
         try:
             _bring_in_libraries()
-            yield
+            with allocator.small_blocks_ahead():
+                yield
         finally:
             allocator.usual_allocator()
 
@@ -113,15 +118,29 @@ class CpuDevice:
         before = resource.getrlimit(resource.RLIMIT_AS)
         with allocator.filled_holes():
             self._limit, self._ceilings, self._resets = limit, before, 0
+            self._water.begin()
             if self._floors is None:
                 now, (mapped, resident) = _Process.read(), _generated_code()
                 self._floors = now.virtual - held - mapped, now.anonymous - held - resident
             try:
-                self._set_ceiling(_CODE_ROOM)
+                self._start_again(_CODE_ROOM)
                 yield
             finally:
+                self._water.lower()
                 resource.setrlimit(resource.RLIMIT_AS, before)
                 self._ceilings = None
+
+    def _start_again(self, room: int) -> None:
+        """Start the high-water marks again from now, and hold what comes to the limit and ``room``."""
+        import resource
+
+        # Under a limit of the user's own there are no addresses to spare.
+        self._exact = False
+        if self._ceilings is not None and self._ceilings[0] == resource.RLIM_INFINITY:
+            resource.setrlimit(resource.RLIMIT_AS, self._ceilings)
+            self._exact = self._water.reset()
+        self._set_ceiling(room)
+        _CLEAR_REFS.write_text("5")
 
     def _set_ceiling(self, room: int) -> None:
         """Let the address space grow to the limit: oneDNN's generated code, as large as the shapes are new, comes on top."""
@@ -129,24 +148,27 @@ class CpuDevice:
 
         if self._ceilings is not None and self._floors is not None:
             soft, hard = (sys.maxsize if value == resource.RLIM_INFINITY else value for value in self._ceilings)
-            wanted = self._floors[0] + self._limit - _SPARE + _generated_code()[0] + room
+            wanted = self._floors[0] + self._limit - _SPARE + _generated_code()[0] + room + self._water.laid_up
             resource.setrlimit(resource.RLIMIT_AS, (min(wanted, soft, hard), self._ceilings[1]))
 
     def reset_peaks(self) -> None:
         """Start the high-water mark again from what is resident now."""
         self._resets += 1
-        if self._resets > 1:  # the first step has generated its code: from here on the limit is exact
-            self._set_ceiling(0)
-        _CLEAR_REFS.write_text("5")
+        # The first step generates its code: from the second on the limit is exact.
+        self._start_again(0 if self._resets > 1 else _CODE_ROOM)
 
     def peak(self) -> Peak:
-        """Return the bytes of tensors at the highest point since the last reset.
+        """Return the bytes of tensors at the highest point since the last reset, counted as the limit counts them where that can be.
 
-        What is seen above the limit lay in small blocks of pages mapped before the trial: the limit refuses everything else.
+        That is address space, touched or not. Under a limit on it of the user's own, it is what was resident. What is seen above the
+        limit lay in small blocks of pages mapped before the trial: the limit refuses everything else.
         """
-        now = _Process.read()
-        floor = self._floors[1] if self._floors is not None else now.anonymous
-        tensors = now.highest - now.files - floor - _generated_code()[1]
+        now, (mapped, resident) = _Process.read(), _generated_code()
+        floors = self._floors if self._floors is not None else (now.virtual, now.anonymous)
+        if self._exact:
+            tensors = now.highest_virtual - self._water.laid_up - floors[0] - mapped + _SPARE
+        else:
+            tensors = now.highest - now.files - floors[1] - resident
         return Peak(allocated=min(max(0, tensors), self._limit))
 
     def allocated(self) -> int:
@@ -180,6 +202,11 @@ class CpuDevice:
         import torch
 
         return {"processor": platform.machine(), "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads())}
+
+
+def _address_space() -> tuple[int, int]:
+    now = _Process.read()
+    return now.virtual, now.highest_virtual
 
 
 def _generated_code() -> tuple[int, int]:

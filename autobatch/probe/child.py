@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import os
 import signal
 import sys
@@ -21,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from autobatch.core.record_json import from_plain
 from autobatch.core.records import Setting
-from autobatch.probe import keeper, wire
+from autobatch.probe import keeper, preload, wire
 
 if TYPE_CHECKING:
     from autobatch.probe.inline import InlineProber
@@ -123,7 +124,15 @@ def _load_torch() -> None:
     from autobatch.devices.allocator import exact_allocator
 
     exact_allocator()
+    gc.disable()  # the collector would take a third of the time, here and in every fork, to look at what is never garbage
     import torch._dynamo  # what the first optimizer of a process loads  # noqa: F401
+
+    import autobatch.devices
+    import autobatch.probe.inline
+    import autobatch.workload.target  # noqa: F401
+
+    gc.freeze()
+    gc.enable()
 
 
 def _clean_up() -> None:
@@ -162,10 +171,12 @@ def _work(requests_fd: int, replies_fd: int, says: int) -> NoReturn:
     try:
         # Unbuffered and never closed: what the workload does to these descriptors must not be met again on the way out.
         requests, replies = open(requests_fd, "rb", closefd=False), open(replies_fd, "wb", buffering=0, closefd=False)  # noqa: SIM115
+        known = set(sys.modules)
         if not serve(requests, replies):
             _finish(0)
+        imported = preload.imported_since(known)
         _clean_up()
-        os.write(says, b"r")
+        os.write(says, keeper.MAKES_ROOM + imported)
         replies.write(wire.encode({"retired": True}))
         _finish(0)
     except SystemExit as ended:

@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from autobatch.probe import preload
+
 if TYPE_CHECKING:
     import psutil
 
@@ -28,6 +30,8 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _CARETAKERS_MAY, _KILLED_MAY = 3.0, 5.0
 # In the environment of a keeper and of everything below it.
 _MARK = "AUTOBATCH_WORKER"
+# What a worker says that makes room for the next.
+MAKES_ROOM = b"r"
 _CARETAKERS = ("torch_shm_manager", "resource_tracker")
 # Folders for the sockets through which torch and multiprocessing pass tensors: they outlive a process that is killed.
 _SOCKET_FOLDERS = ("pymp-", "torch-shm-dir-")
@@ -109,6 +113,7 @@ def die_with(parent: int) -> None:
 def keep(work: Callable[[int], NoReturn]) -> NoReturn:
     """Fork one worker after another to do ``work``, which is given the descriptor on which to say that it makes room for the next.
 
+    It says ``MAKES_ROOM`` and the names of modules that the next one will import too.
     When a worker ends without having said so, or the parent ends, this process ends too, as the worker did.
     """
     keeper, parent = os.getpid(), os.getppid()
@@ -125,8 +130,10 @@ def keep(work: Callable[[int], NoReturn]) -> NoReturn:
         os.close(says)
         status = _wait(worker, parent)
         clear_away()
-        if not _said_so(heard) or os.getppid() != parent:
+        said = _said(heard)
+        if not said.startswith(MAKES_ROOM) or os.getppid() != parent:
             _end_like(status)
+        preload.load(said.removeprefix(MAKES_ROOM))
 
 
 def _begin(work: Callable[[int], NoReturn], keeper: int, heard: int, says: int) -> NoReturn:
@@ -189,11 +196,11 @@ def _wait(worker: int, parent: int) -> int:
             selector.select(pause)
 
 
-def _said_so(heard: int) -> bool:
-    """Return whether the worker said that it makes room for the next, whatever else holds the other end of ``heard`` still."""
+def _said(heard: int) -> bytes:
+    """Return what the worker has said, whatever else holds the other end of ``heard`` still."""
     os.set_blocking(heard, False)
     with contextlib.closing(open(heard, "rb", buffering=0)) as pipe:
-        return bool(pipe.read(1))
+        return pipe.read(2**16) or b""
 
 
 def _end_like(status: int) -> NoReturn:

@@ -86,7 +86,8 @@ def test_a_wall_is_confirmed_by_a_probe_close_to_it_that_came_out_as_predicted()
 def test_under_a_wall_the_next_size_is_just_below_it() -> None:
     model = model_of(probe(1, GIB), probe(101, 11 * GIB))
     assert model.suggest(101, 300) == 229  # far below the wall: as far up as must fit
-    assert model.suggest(101, 200) == 196  # 2 % under a wall that came earlier
+    assert model.suggest(101, 110) == 107  # 2 % under a wall that came earlier
+    assert model.suggest(101, 200) == 187  # an eighth of the way back from one that came much earlier
     assert model.suggest(101, None) in range(220, 232)
 
 

@@ -123,6 +123,22 @@ def test_a_rejected_answer_becomes_the_wall_and_the_search_goes_on_below() -> No
     assert (only.ask(), only.ending) == (None, Ending.NOTHING_FITS)
 
 
+def test_an_answer_that_barely_failed_is_tried_again_just_below() -> None:
+    def goes_on(largest: int) -> list[int]:
+        search, asked = run(1000, tolerance=0.01, max=1000)
+        assert asked[-2:] == [512, 1000]
+        search.reject(1000, barely=True)
+        asked = []
+        while (size := search.ask()) is not None:
+            asked.append(size)
+            search.tell(size, size <= largest)
+        return asked
+
+    assert goes_on(998) == [995]
+    assert goes_on(994)[0] == 995
+    assert goes_on(994)[1] == (512 + 995) // 2  # from there on as ever
+
+
 def test_telling_what_was_not_asked_is_a_mistake() -> None:
     search = Search(SearchSpace())
     with pytest.raises(ValueError, match="told about batch size 5, but None was asked"):
