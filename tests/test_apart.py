@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import time
 
+import psutil
 import pytest
 import torch
 from torch import nn
 
-from autobatch.simulate.apart import Died, TookTooLong, _fresh, run_apart, run_each_apart
+from autobatch.simulate.apart import Died, TookTooLong, _fresh, each_apart, run_apart, run_each_apart
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 
@@ -39,6 +40,22 @@ def test_it_is_stopped_when_its_time_is_up() -> None:
         run_each_apart([lambda: time.sleep(1000), lambda: None], seconds=0.2)
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)  # nobody is left
+
+
+def test_what_was_ready_in_time_is_there_however_late_it_is_asked_for() -> None:
+    with each_apart([lambda: "x" * 2**20, os.getpid], seconds=2.0) as results:
+        time.sleep(2.5)
+        text, process = results()
+    assert (len(text), process != os.getpid()) == (2**20, True)
+
+
+def test_what_nobody_asked_for_is_stopped_with_the_caller() -> None:
+    before = {child.pid for child in psutil.Process().children()}
+    with pytest.raises(KeyError), each_apart([lambda: time.sleep(1000)]):
+        (child,) = [child for child in psutil.Process().children() if child.pid not in before]
+        assert child.is_running()
+        raise KeyError
+    assert not child.is_running()
 
 
 def test_an_error_that_cannot_be_sent_comes_as_its_text() -> None:

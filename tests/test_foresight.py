@@ -71,7 +71,7 @@ def test_a_real_search_begins_near_the_answer() -> None:
         if isinstance(event, Probe) and not event.confirmation:
             seen.append(event.batch_size)
 
-    prober = InlineProber(work, CpuDevice(), memory_budget="256MiB", margin=0.0, expected=expected, notes=(note,))
+    prober = InlineProber(work, CpuDevice(), memory_budget="256MiB", margin=0.0, foreseen=lambda: (expected, note))
     try:
         plan = Run(prober, PlanRequest(), SearchOptions(), see).plan()
     finally:

@@ -8,6 +8,7 @@ against it, and a predicted wall counts only after a probe close to it came out 
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -75,11 +76,13 @@ class MemoryModel:
         self._forward_backward: dict[int, int] = {}
         self._optimizer: dict[int, int] = {}
         self._surprise: dict[int, float] = {}
+        self._failures = 0  # since a size fitted
 
     def observe(self, probe: Probe) -> None:
         """Take in a probe; one that did not fit broke off before its peak and says nothing, one without readings neither."""
         if not probe.outcome.fits and not self._forward_backward:
             self._expected = None  # it was to fit easily
+        self._failures = 0 if probe.outcome.fits else self._failures + 1
         if not probe.outcome.fits or probe.forward_backward is None:
             return
         size, peak = probe.batch_size, probe.peak_allocated
@@ -142,7 +145,12 @@ class MemoryModel:
         if len(self._forward_backward) < 2:
             # One size is known: with a base of nothing at all, every row would cost its full share.
             return int(best * self.cap * (1 - WOBBLE) / (self._peak(best) * (1 + WOBBLE)))
-        return best + int(max(0.0, room) / self._slope(best, self._wobble(best))[1])
+        slope = self._slope(best, self._wobble(best))[1]
+        if self._surprise.get(best, 0.0) > CONFIRMED:
+            # No line after all: from here on rows may cost what they cost on the last stretch, though fewer bytes before it.
+            below = max((size for size in self._forward_backward if size < best), default=0)
+            slope = max(slope, (self._forward_backward[best] - self._forward_backward.get(below, 0)) / (best - below))
+        return best + int(max(0.0, room) / slope)
 
     def _has_turned(self, best: int, limit: int | None) -> bool:
         """Whether ``best``, close to the wall, is not what was predicted: what the rows cost from here on is known better only now."""
@@ -150,6 +158,8 @@ class MemoryModel:
 
     def _below(self, wall: int, best: int, limit: int | None) -> int | None:
         """Return a size under ``wall`` that is likely to fit and close to it, inside the bracket far enough for either verdict to count."""
+        if self._failures > 1 and wall > 2 * best and limit is not None and limit >= wall:
+            return int(math.sqrt(best * wall))  # too large by an unknown factor, not by a part: a steeper phase was hidden under a flat one
         close = int(wall - max(STEP * wall, WAY_BACK * (wall - best)))
         if best < close:
             return close if limit is None or limit >= close else max(limit, best + (wall - best) // 8)

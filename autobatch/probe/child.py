@@ -84,24 +84,23 @@ def _open(request: Mapping[str, Any], requests: IO[bytes]) -> InlineProber:
     options = request["options"]
     from autobatch.devices import open_device
     from autobatch.probe.inline import InlineProber
-    from autobatch.simulate.foresight import foresee
+    from autobatch.simulate.foresight import foreseeing
 
     device = open_device(options["device"])
     workload, defaults = _workload(request, requests)
     settled = None if options["settled"] is None else from_plain(Setting, options["settled"])
-    expected, note = foresee(workload, device.capability) if settled is None else ((), "")
-    return InlineProber(
-        workload,
-        device,
-        memory_budget=options["memory_budget"],
-        margin=options["margin"],
-        settled=settled,
-        keep_state=False,
-        ran_before=options["ran_before"],
-        defaults=defaults,
-        expected=expected,
-        notes=(note,) if note else (),
-    )
+    with foreseeing(workload, device.capability if settled is None else None) as foreseen:
+        return InlineProber(
+            workload,
+            device,
+            memory_budget=options["memory_budget"],
+            margin=options["margin"],
+            settled=settled,
+            keep_state=False,
+            ran_before=options["ran_before"],
+            defaults=defaults,
+            foreseen=foreseen,
+        )
 
 
 def _workload(request: Mapping[str, Any], requests: IO[bytes]) -> tuple[Any, dict[str, Any]]:

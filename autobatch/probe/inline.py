@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from autobatch.devices.forget import first_line
 from autobatch.devices.oom import is_sticky
 from autobatch.probe.host import HostMemory
 from autobatch.probe.measure import LEFT_BEHIND, NOT_FINITE, measure
+from autobatch.simulate.foresight import Expected, nothing
 from autobatch.workload.state import Snapshot, resident_bytes
 from autobatch.workload.workload import Workload
 
@@ -35,8 +36,8 @@ class InlineProber:
         ran_before: whether a trial of this workload fitted before, in a worker that this one replaces.
         keep_state: whether the caller needs model, optimizer and random state back afterwards; not so in a worker, which may break.
         defaults: plan options that came with the workload.
-        expected: what a step is expected to need, as (batch size, bytes); empty for a search that begins at the smallest size.
-        notes: what the user should know of all this.
+        foreseen: returns what a step is expected to need, as (batch size, bytes), and what to say of it; asked last, once the model is on
+            the device. With nothing expected, a search begins at the smallest size.
 
     Attributes:
         worn: whether a trial left memory behind or broke this process's use of the device: a worker should be replaced.
@@ -56,8 +57,7 @@ class InlineProber:
         keep_state: bool = True,
         ran_before: bool = False,
         defaults: Mapping[str, Any] | None = None,
-        expected: tuple[tuple[int, int], ...] = (),
-        notes: tuple[str, ...] = (),
+        foreseen: Callable[[], tuple[Expected, str]] = nothing,
     ) -> None:
         self._workload, self._device, self._first, self._ran = workload, device, True, ran_before
         self._keep_state, self._best, self._broken, self.worn = keep_state, 0, False, False
@@ -68,7 +68,7 @@ class InlineProber:
             self._resident = resident_bytes(workload.model, workload.optimizer)
             gc.collect()  # garbage that is freed during a trial would be missing from its peak
             device.release()
-            self.setting = settled or self._read_setting(memory_budget, margin, defaults or {}, expected, notes)
+            self.setting = settled or self._read_setting(memory_budget, margin, defaults or {}, foreseen)
             self._host = HostMemory(workload, device)
             self._stack = stack.pop_all()
 
@@ -154,12 +154,12 @@ class InlineProber:
         memory_budget: int | float | str | None,
         margin: float,
         defaults: Mapping[str, Any],
-        expected: tuple[tuple[int, int], ...],
-        notes: tuple[str, ...],
+        foreseen: Callable[[], tuple[Expected, str]],
     ) -> Setting:
         workload, device = self._workload, self._device
         reading = self._reading()
         budget, cap, narrowing = set_budget(reading, memory_budget, margin)
+        expected, said = foreseen()
         return Setting(
             device=device.name,
             device_description=device.description,
@@ -178,7 +178,7 @@ class InlineProber:
             optimizer_name=type(workload.optimizer).__name__ if workload.optimizer else "",
             dataset_size=workload.dataset_size,
             environment=environment() | device.environment(),
-            notes=(*reading.notes, *narrowing, *workload.notes, *device.notes, *notes),
+            notes=(*reading.notes, *narrowing, *workload.notes, *device.notes, *((said,) if said else ())),
             defaults=defaults,
             spills=device.spills,
             expected=expected,

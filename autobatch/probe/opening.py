@@ -10,7 +10,7 @@ from autobatch.core.errors import InvalidRequest
 from autobatch.devices import device_type, open_device
 from autobatch.probe.inline import InlineProber
 from autobatch.probe.worker import WorkerProber
-from autobatch.simulate.foresight import foresee
+from autobatch.simulate.foresight import foreseeing
 from autobatch.workload.batches import shortened
 from autobatch.workload.state import keep_random_state
 from autobatch.workload.workload import build_workload
@@ -39,8 +39,8 @@ def open_prober(
         workload = build_workload(**{**what, "sample": sample})  # for a worker too: a mistake is told before a process is started
         prober: InlineProber | WorkerProber
         if device is not None:
-            expected, note = foresee(workload, device.capability)
-            prober = InlineProber(workload, device, **_budget(where), expected=expected, notes=(note,) if note else ())
+            with foreseeing(workload, device.capability) as foreseen:
+                prober = InlineProber(workload, device, **_budget(where), foreseen=foreseen)
         else:
             name = None if where["device"] is None else str(where["device"])
             payload = _packed({**what, "sample": sample})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import selectors
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from typing import Any, TypeVar
 
@@ -50,11 +51,22 @@ def run_apart(function: Callable[[], Result], *, seconds: float | None = None, h
 
 
 def run_each_apart(functions: Sequence[Callable[[], Result]], *, seconds: float | None = None, hollow: bool = True) -> list[Result]:
-    """Return what each of ``functions`` returns; each runs in a process of its own, side by side.
+    """Return what each of ``functions`` returns; each runs in a process of its own, side by side. As ``each_apart``."""
+    with each_apart(functions, seconds=seconds, hollow=hollow) as results:
+        return results()
+
+
+@contextlib.contextmanager
+def each_apart(
+    functions: Sequence[Callable[[], Result]], *, seconds: float | None = None, hollow: bool = True
+) -> Iterator[Callable[[], list[Result]]]:
+    """Run each of ``functions`` in a process of its own, beside this one; give a function that waits for what they return.
+
+    What still runs at the end is stopped.
 
     Args:
         functions: called without arguments; what they return or raise must pickle.
-        seconds: after which they are stopped, ``None`` for no limit.
+        seconds: after which they are stopped, counted from their start, ``None`` for no limit.
         hollow: whether tensors may be sent without their values where a process has to be started afresh.
 
     Raises:
@@ -63,28 +75,54 @@ def run_each_apart(functions: Sequence[Callable[[], Result]], *, seconds: float 
         Exception: what a function raises.
     """
     if not hasattr(os, "fork"):
-        return [function() for function in functions]
-    try:
-        return _forked(functions, seconds)
-    except RuntimeError as error:
-        if _THREADS not in said_by(error):
+        yield lambda: [function() for function in functions]
+        return
+    forks = _Forks(functions, seconds)
+
+    def results() -> list[Result]:
+        try:
+            return forks.results()
+        except RuntimeError as error:
+            if _THREADS not in said_by(error):
+                raise
+        return [_fresh(function, seconds, hollow) for function in functions]
+
+    with contextlib.closing(forks):
+        yield results
+
+
+class _Forks:
+    """Forked children and the pipes that their answers come through."""
+
+    def __init__(self, functions: Sequence[Callable[[], Any]], seconds: float | None) -> None:
+        self._deadline = None if seconds is None else time.monotonic() + seconds
+        self._children: list[tuple[int, int]] = []
+        self._answers: list[bytes] = []
+        try:
+            for function in functions:
+                self._children.append(_fork(function))
+        except BaseException:
+            self.close()
             raise
-    return [_fresh(function, seconds, hollow) for function in functions]
 
+    def results(self) -> list[Any]:
+        """Return what they returned, or raise what the first of them raised."""
+        try:
+            self._answers = [_read(reading, self._deadline) for _, reading in self._children]
+        finally:
+            codes = self.close()
+        return [_take(answer, code) for answer, code in zip(self._answers, codes, strict=True)]
 
-def _forked(functions: Sequence[Callable[[], Result]], seconds: float | None) -> list[Result]:
-    deadline = None if seconds is None else time.monotonic() + seconds
-    children = [_fork(function) for function in functions]
-    answers, codes = [], []
-    try:
-        answers = [_read(reading, deadline) for _, reading in children]
-    finally:
-        for child, reading in children:
+    def close(self) -> list[int]:
+        """Stop those that have not answered and return how each ended; a second call does nothing."""
+        codes = []
+        while self._children:
+            child, reading = self._children.pop(0)
             os.close(reading)
-            if not answers:
+            if not self._answers:
                 os.kill(child, signal.SIGKILL)
             codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    return [_take(answer, code) for answer, code in zip(answers, codes, strict=True)]
+        return codes
 
 
 def _fork(function: Callable[[], Any]) -> tuple[int, int]:
@@ -134,8 +172,9 @@ def _read(pipe: int, deadline: float | None) -> bytes:
     with selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
         while True:
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and (left <= 0 or not selector.select(left)):
+            # An answer is whole before its first byte is sent: what has begun to come is in time, however late it is asked for.
+            left = None if deadline is None or parts else max(0.0, deadline - time.monotonic())
+            if left is not None and not selector.select(left):
                 raise TookTooLong("the time was up")
             if not (part := os.read(pipe, 2**20)):
                 return b"".join(parts)

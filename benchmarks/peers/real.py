@@ -194,14 +194,14 @@ def lasts(work: RealWork, size: int, steps: int) -> bool:
 def largest(work: RealWork, steps: int) -> int:
     """Return the largest size that lasts ``steps`` steps, to a quarter of a percent.
 
-    Doubled and bisected with five steps, which is exact, then downwards until one lasts.
+    Doubled and bisected with as many steps as a trial has, then downwards until one lasts.
     """
     best, top = 0, 1
-    while lasts(work, top, 5):
+    while lasts(work, top, STEPS):
         best, top = top, 2 * top
     while top - best > 1:
         middle = (best + top) // 2
-        best, top = (middle, top) if lasts(work, middle, 5) else (best, middle)
+        best, top = (middle, top) if lasts(work, middle, STEPS) else (best, middle)
     while best and not lasts(work, best, steps):
         best -= max(1, best // 400)
     return best

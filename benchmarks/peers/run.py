@@ -72,8 +72,11 @@ def simulated(chosen: Iterable[Finder], count: int, jobs: int) -> list[dict[str,
         return list(pool.map(row, pairs))
 
 
-def on_device(chosen: Iterable[Finder], models: Sequence[Any], jobs: int) -> list[dict[str, Any]]:
-    """Return what every finder found on every model, what is true, and whether the answer lasted."""
+def on_device(chosen: Iterable[Finder], models: Sequence[Any], timed_jobs: int, jobs: int) -> list[dict[str, Any]]:
+    """Return what every finder found on every model, what is true, and whether the answer lasted.
+
+    Searches are timed, ``timed_jobs`` side by side; what is true is not, and is looked for ``jobs`` side by side.
+    """
 
     def search(pair: tuple[Any, Finder]) -> dict[str, Any]:
         spec, finder = pair
@@ -84,8 +87,9 @@ def on_device(chosen: Iterable[Finder], models: Sequence[Any], jobs: int) -> lis
 
     asked = [finder for finder in chosen if "real" in finder.on and not finder.shipped]
     pairs = [(spec, finder) for number, spec in enumerate(models) for finder in asked if finder.models is None or number < finder.models]
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(timed_jobs) as pool:
         rows = list(pool.map(search, pairs))
+    with ThreadPoolExecutor(jobs) as pool:
         truths = pool.map(lambda spec: _truth(spec, rows), models)
         known = {(spec.name, spec.limit): truth for spec, truth in zip(models, truths, strict=True)}
     for row in rows:
@@ -137,12 +141,12 @@ def everything(
     if cuda:
         from benchmarks.peers.cuda_models import CARD
 
-        return {**document, "cuda": on_device(chosen, CARD[:models], 1)}
+        return {**document, "cuda": on_device(chosen, CARD[:models], 1, 1)}
     from benchmarks.peers.models import PROCESSOR
 
     formulas = simulated(chosen, count, jobs) if count else []
     before = _load()
-    real = on_device(chosen, PROCESSOR[:models], timed_jobs)
+    real = on_device(chosen, PROCESSOR[:models], timed_jobs, jobs)
     return {
         **document,
         "cases": count,

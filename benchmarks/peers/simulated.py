@@ -57,7 +57,7 @@ class SimulatedWork:
         workload = build_workload(self.model, make_batch=lambda size: {"x": rows(size)}, optimizer=self.optimizer(self.model))
         device: Any = SimulatedDevice(self._card)
         expected = self._expected() if expecting else ()
-        with keep_random_state(), contextlib.closing(InlineProber(workload, device, margin=0.0, expected=expected)) as prober:
+        with keep_random_state(), contextlib.closing(InlineProber(workload, device, margin=0.0, foreseen=lambda: (expected, ""))) as prober:
             return Run(prober, PlanRequest(dataset_size=self.dataset), SearchOptions()).plan().batch_size
 
     def _expected(self) -> tuple[tuple[int, int], ...]:

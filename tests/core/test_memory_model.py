@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autobatch.core.memory_model import CONFIRMED, NEAR_WALL, MemoryModel
+from autobatch.core.memory_model import CONFIRMED, NEAR_WALL, WOBBLE, MemoryModel
 from autobatch.core.records import Outcome, Peak, Probe
 from autobatch.core.units import GIB, MIB
 
@@ -89,6 +89,19 @@ def test_under_a_wall_the_next_size_is_just_below_it() -> None:
     assert model.suggest(101, 110) == 107  # 2 % under a wall that came earlier
     assert model.suggest(101, 200) == 187  # an eighth of the way back from one that came much earlier
     assert model.suggest(101, None) in range(220, 232)
+
+
+def test_walls_far_below_what_was_predicted_are_approached_by_factors() -> None:
+    model = model_of(probe(1, 4 * GIB), probe(101, 4 * GIB + GIB // 4))
+    for wall, asked in ((2000, 1762), (1762, int((101 * 1762) ** 0.5))):
+        model.observe(Probe(batch_size=wall, outcome=Outcome.OOM))
+        assert model.suggest(101, wall) == asked
+
+
+def test_where_rows_turn_out_to_cost_more_the_last_stretch_counts() -> None:
+    steeper = [probe(1, 2 * GIB), probe(101, 2 * GIB + 100 * MIB), probe(1000, 12 * GIB), probe(1500, 22.9 * GIB)]
+    room = CAP * (1 - WOBBLE) - 22.9 * GIB * (1 + WOBBLE)
+    assert model_of(*steeper).suggest(1500, None) == 1500 + int(room / (10.9 * GIB / 500))
 
 
 @given(st.lists(st.tuples(st.integers(1, 10**6), st.integers(1, 64 * GIB), st.integers(0, 64 * GIB)), max_size=6), st.integers(1, 2**40))
