@@ -7,7 +7,7 @@ import pytest
 from autobatch import Outcome
 from autobatch.core.units import GIB, MIB
 from autobatch.simulate.synthetic import SyntheticProber, SyntheticWorkload
-from benchmarks.search_cost import COUNT, STEERED, measure
+from benchmarks.search_cost import BENT, COUNT, STEERED, measure
 
 WORK = SyntheticWorkload(capacity=8 * GIB, fixed=GIB, per_sample=100 * MIB, optimizer=1.5)
 
@@ -52,6 +52,21 @@ def test_what_a_search_costs_with_readings_that_wobble_by_three_percent() -> Non
     assert cost.out_of_memory <= 2
     assert cost.rows <= 4.7
     assert cost.untested == 0
+
+
+@pytest.mark.parametrize("kind", BENT)
+def test_what_a_search_costs_where_the_peak_is_no_line(kind: str) -> None:
+    advised, plain = (measure(0.002, advised=advised, kind=kind) for advised in (True, False))
+    assert advised.mean_probes < plain.mean_probes
+    assert advised.out_of_memory < plain.out_of_memory
+    assert advised.worst >= 0.985
+    assert advised.untested == 0
+
+
+def test_a_bend_and_a_flat_moment_are_where_they_are_said_to_be() -> None:
+    work = SyntheticWorkload(capacity=4 * GIB, fixed=0, per_sample=10 * MIB, bend=100, steeper=2.0, flat=500 * MIB, optimizer=0.0)
+    assert [work.peaks(size)[0] // MIB for size in (1, 50, 60, 100, 110)] == [500, 500, 600, 1000, 1200]
+    assert work.largest_fit() == 100 + (4 * GIB - 1000 * MIB) // (20 * MIB)
 
 
 def test_plain_doubling_and_bisection_cost_several_times_as_much() -> None:

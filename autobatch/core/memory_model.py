@@ -28,6 +28,9 @@ RESOLVED = 1.5
 # A prediction counts as confirmed by a probe this close to the wall that came out this close to what was predicted.
 NEAR_WALL = 0.05
 CONFIRMED = 0.01
+# A line goes through the largest size and one of at most this share of it, so that wobble does not tilt it; where the largest was missed by
+# more than any wobble, through one as near as wobble allows.
+FAR, NEAR = 0.5, 0.9
 # How far below a wall the next size is taken, and how much of the way back where the wall was a long way from what was measured: over a
 # long way another moment of the step becomes the highest, whose rows cost more.
 STEP, WAY_BACK = 0.02, 0.125
@@ -158,7 +161,7 @@ class MemoryModel:
 
     def _below(self, wall: int, best: int, limit: int | None) -> int | None:
         """Return a size under ``wall`` that is likely to fit and close to it, inside the bracket far enough for either verdict to count."""
-        if self._failures > 1 and wall > 2 * best and limit is not None and limit >= wall:
+        if self._failures > 1 and wall > 2 * best and (limit is None or limit >= wall):
             return int(math.sqrt(best * wall))  # too large by an unknown factor, not by a part: a steeper phase was hidden under a flat one
         close = int(wall - max(STEP * wall, WAY_BACK * (wall - best)))
         if best < close:
@@ -189,7 +192,9 @@ class MemoryModel:
     def _lines(self) -> list[Line]:
         if len(self._forward_backward) == 1 and self._expected is not None:
             return self._calibrated(self._expected)
-        return [line for points in (self._forward_backward, self._optimizer) if (line := _through(points)) is not None]
+        top = max(self._forward_backward, default=0)
+        reach = NEAR if self._surprise.get(top, 0.0) > WORST_WOBBLE else FAR
+        return [line for points in (self._forward_backward, self._optimizer) if (line := _through(points, reach)) is not None]
 
     def _calibrated(self, expected: Callable[[int], float]) -> list[Line]:
         """Return the line from the one measured size to the wall that is expected once it is scaled to what was measured."""
@@ -223,12 +228,12 @@ def _reaches(expected: Callable[[int], float], limit: float, last: int) -> int:
     return fits
 
 
-def _through(points: dict[int, int]) -> Line | None:
-    """Return the line through the largest size and the one that tells the slope best: far enough below, else the farthest."""
+def _through(points: dict[int, int], reach: float) -> Line | None:
+    """Return the line through the largest size and the next that is at most ``reach`` of it, else the smallest."""
     if len(points) < 2:
         return None
     sizes = sorted(points)
     top = sizes[-1]
-    below = max((size for size in sizes[:-1] if size <= top / 2), default=sizes[0])
+    below = max((size for size in sizes[:-1] if size <= reach * top), default=sizes[0])
     slope = max(0.0, (points[top] - points[below]) / (top - below))
     return Line(base=points[top] - slope * top, per_sample=slope)

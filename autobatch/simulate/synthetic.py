@@ -19,6 +19,9 @@ class SyntheticWorkload:
         capacity: bytes a trial may use.
         fixed: bytes of parameters, gradients and optimizer state.
         per_sample: bytes each row adds to the forward and backward passes.
+        bend: rows from which on each costs ``steeper`` times as much: another moment of the step becomes the highest.
+        steeper: how much.
+        flat: bytes of a moment that no row adds to, which hides the others until they are higher.
         optimizer: peak of the optimizer step as a multiple of ``fixed``, 0 for none.
         rounding: peaks are rounded up to a multiple of this many bytes.
         wobble: every size's peak is off the formula by up to this fraction, always the same for one size and seed.
@@ -34,6 +37,9 @@ class SyntheticWorkload:
     capacity: int
     fixed: int
     per_sample: int
+    bend: int = 0
+    steeper: float = 1.0
+    flat: int = 0
     optimizer: float = 1.2
     rounding: int = 2 * MIB
     wobble: float = 0.0
@@ -48,7 +54,9 @@ class SyntheticWorkload:
     def peaks(self, batch_size: int) -> tuple[int, int]:
         """Return the bytes at the highest point of forward and backward, and of the optimizer step."""
         off = 1 + self.wobble * self._noise(batch_size)
-        both = (self.fixed + self.per_sample * batch_size) * off, self.fixed * self.optimizer * off
+        more = (self.steeper - 1) * max(0, batch_size - self.bend)
+        passes = max(self.flat, self.fixed + self.per_sample * (batch_size + more))
+        both = passes * off, self.fixed * self.optimizer * off
         forward_backward, optimizer = (-(-int(peak) // self.rounding) * self.rounding for peak in both)
         return forward_backward, optimizer
 
@@ -59,7 +67,10 @@ class SyntheticWorkload:
     def largest_fit(self) -> int:
         """Return the largest batch size up to which every size fits, 0 when not even one row does."""
         worst = self.capacity / (1 + self.wobble) - self.rounding
-        size = max(0, int((worst - self.fixed) / self.per_sample)) if self.fixed * self.optimizer <= worst else 0
+        rows = (worst - self.fixed) / self.per_sample
+        if rows > self.bend:
+            rows = self.bend + (rows - self.bend) / self.steeper
+        size = max(0, int(rows)) if max(self.flat, self.fixed * self.optimizer) <= worst else 0
         while self.fits(size + 1):
             size += 1
         return size
