@@ -59,19 +59,20 @@ def filled_holes() -> Iterator[None]:
 def small_blocks_ahead() -> Iterator[None]:
     """Lay up room for small blocks, of C and of Python, so that a trial's own need no address space and differ from no other's.
 
-    Every second block is freed: the holes are too small for a tensor that counts. Of Python's arenas, one object keeps each.
+    Every second block is freed: the holes are too small for a tensor that counts. Of the Python objects, one stays in each arena and keeps
+    it.
     """
     library = _library()
     blocks = [] if library is None else [library.malloc(_SMALL) for _ in range(2 * _AHEAD // _SMALL)]
     for block in blocks[::2]:
         library.free(block)  # type: ignore[union-attr]
     objects = [bytes(_OBJECT) for _ in range(2 * _AHEAD // _OBJECT)]
-    del_every = objects[:: _ARENA // _OBJECT]
+    kept = objects[:: _ARENA // _OBJECT]
     del objects
     try:
         yield
     finally:
-        del del_every
+        del kept
         for block in blocks[1::2]:
             library.free(block)  # type: ignore[union-attr]
 

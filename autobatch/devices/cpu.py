@@ -1,9 +1,9 @@
 """The CPU as a device: its memory is RAM, its limit a soft limit on address space that makes the allocator really fail.
 
-Readings are exact because of three things. glibc is told to take every block of 64 KiB or more straight from the kernel and to
-give it straight back, so that resident memory follows the tensors. The kernel's high-water mark can be reset, so each phase of a
-step has its own peak; file-backed pages (libraries being read in) are taken out of it. And what libraries reserve on first use
-(thread stacks, scratch space, lazily imported modules) is brought in before the first trial.
+Readings are exact because of four things. glibc is told to take every block of 64 KiB or more straight from the kernel and to
+give it straight back, so that memory follows the tensors. Peaks are read in what the limit counts, and each phase of a step has its own
+(``address_space.py``). What libraries reserve on first use (thread stacks, scratch space, lazily imported modules) is brought in before the
+first trial, and small blocks have room laid up for them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""autovram runs a script again and again: the search around it, and the script (``python -m benchmarks.peers.autovram_trial``)."""
+"""autovram runs a script again and again: the search around it, and the script, ``main``."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -15,6 +16,8 @@ from benchmarks.peers.ledger import Trial
 
 _LEDGER, _MODEL = "AUTOBATCH_BENCH_LEDGER", "AUTOBATCH_BENCH_MODEL"
 _METRIC = "batch"
+# As every process of this bench, without the garbage collector while it imports.
+_START = "import gc; gc.disable(); from benchmarks.peers.autovram_trial import main; main()"
 # Seconds a trial may take.
 _TIMEOUT = 120.0
 
@@ -43,7 +46,7 @@ def run_autovram(work: Work, scratch: Path, **options: Any) -> int:
     best, _ = tuner.autotune_batch_size(
         context=context,
         runner=runner.SubprocessRunner() if spec is not None else _here(work, runner),
-        cmd=f"{sys.executable} -m benchmarks.peers.autovram_trial",
+        cmd=f"{sys.executable} -c '{_START}'",
         base_config=types.AutoVRAMConfig(precision="fp32"),
         **options,
     )
@@ -85,13 +88,10 @@ def main() -> None:
     work = RealWork(find(name, device, int(limit)))
     try:
         with work.session():
+            gc.enable()
             work.run(size)
     finally:
         with Path(os.environ[_LEDGER]).open("a") as file:
             for trial in work.ledger.trials:
                 file.write(json.dumps({"size": trial.size, "rows": trial.rows, "begun": trial.begun, "done": trial.done}) + "\n")
     load("autovram.runtime").print_metric(**{_METRIC: size})
-
-
-if __name__ == "__main__":
-    main()

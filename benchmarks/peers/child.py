@@ -107,6 +107,8 @@ def simulated(finder: Finder, count: int, readings: bool) -> None:
     if finder.module:
         load(finder.module)
         silent()  # again: some set their own level of talking when they are imported
+    import torch._dynamo  # what the first optimizer loads  # noqa: F401
+
     gc.freeze()  # many finders collect garbage in every trial; what was imported is none
     for case in cases(count):
         signal.alarm(_HANGS)

@@ -144,7 +144,7 @@ PROCESSOR: tuple[Model, ...] = (
         sample=lambda: _images(512),
         loss=nn.functional.cross_entropy,
         optimizer=adamw,
-        limit=128 * MIB,
+        limit=96 * MIB,
     ),
     Model(
         name="resnet", build=_residual, sample=lambda: _images(3, 24, 24), loss=nn.functional.cross_entropy, optimizer=sgd, limit=128 * MIB

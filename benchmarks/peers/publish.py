@@ -193,7 +193,7 @@ _HOW = (
     "sleep between its attempts and is told not to; its own process for an attempt cannot be started with `spawn`, so it is not asked for.",
     "",
     "**reached** is the mean of the answers that last as a share of the largest size that a fresh process can train with. A process that",
-    "has run trials keeps some memory of them (oneDNN's kernels): within 64 or 128 MiB that costs finders that run many trials one after",
+    "has run trials keeps some memory of them (oneDNN's kernels): within 64 to 128 MiB that costs finders that run many trials one after",
     "another in a process some percent of the answer; autobatch gives each trial a fresh worker. Room for small blocks is laid up before",
     "every search, ours and theirs, so that a size takes the same bytes in every process.",
     "",
