@@ -18,7 +18,7 @@ from benchmarks.peers.cases import Case, cases, drawn, special
 from benchmarks.peers.child import search
 from benchmarks.peers.compare import compare
 from benchmarks.peers.finders import OURS, Finder, plain
-from benchmarks.peers.judge import simulated_rows, verdict
+from benchmarks.peers.judge import real_rows, simulated_rows, verdict
 from benchmarks.peers.simulated import SimulatedWork
 
 ROOT = Path(__file__).parents[1]
@@ -100,6 +100,21 @@ def test_every_answer_of_ours_is_right_and_changes_nothing() -> None:
     assert rows["autobatch", "with readings"].changed == "nothing"
     searches = {row["finder"]: row["searches"] for row in COMMITTED["simulated"] if row["mode"] == "by errors"}
     assert all(ours[1] <= plains[1] for ours, plains in zip(searches["autobatch.search"], searches["plain reference"], strict=True))
+
+
+def test_what_is_promised_beside_others_holds_in_the_committed_run() -> None:
+    by_errors = {row.finder: row for row in simulated_rows(COMMITTED, "by errors")}
+    ours = next(row for row in simulated_rows(COMMITTED, "with readings") if row.finder == "autobatch")
+    assert ours.rows is not None
+    assert ours.rows <= 0.35 * (by_errors["plain reference"].rows or 0)
+    peers = [row for name, row in by_errors.items() if not name.startswith(("autobatch", "plain")) and row.right is not None]
+    assert len(peers) >= 15
+    assert max(row.right or 0 for row in peers) < 1
+    assert all(3 * ours.rows <= row.rows for row in peers if row.right and row.right > 0.98 and row.rows)
+    there = {row.finder: row for row in real_rows(COMMITTED)}
+    assert (there["autobatch"].right, there["autobatch"].fails, there["autobatch"].changed) == (1.0, 0.0, "nothing")
+    others = [row for name, row in there.items() if not name.startswith(("autobatch", "plain"))]
+    assert all(row.wall is not None and row.wall >= 2 for row in others if row.right == 1)
 
 
 def test_a_search_that_differs_is_told_and_so_is_a_time_beyond_the_noise() -> None:

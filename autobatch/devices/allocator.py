@@ -15,17 +15,17 @@ _LARGE = 64 * KIB
 _AHEAD, _SMALL = 4 * MIB, 60 * KIB
 _OBJECT, _ARENA = 448, 256 * KIB
 # mallopt keys (malloc.h).
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
 
 
 def exact_allocator() -> None:
     """Take every block of 64 KiB or more from the kernel and give it back at once; steps get some 15 % slower for it."""
-    _mallopt((_M_MMAP_THRESHOLD, _LARGE), (_M_TRIM_THRESHOLD, 128 * KIB), (_M_ARENA_MAX, 1))
+    _mallopt((_M_MMAP_THRESHOLD, _LARGE), (_M_TRIM_THRESHOLD, _LARGE), (_M_TOP_PAD, 0), (_M_ARENA_MAX, 1))
 
 
 def usual_allocator() -> None:
     """Go back to speed: the values glibc's sliding thresholds reach in a process that frees large blocks."""
-    _mallopt((_M_MMAP_THRESHOLD, 32 * MIB), (_M_TRIM_THRESHOLD, 64 * MIB), (_M_ARENA_MAX, 0))
+    _mallopt((_M_MMAP_THRESHOLD, 32 * MIB), (_M_TRIM_THRESHOLD, 64 * MIB), (_M_TOP_PAD, 128 * KIB), (_M_ARENA_MAX, 0))
 
 
 def trim() -> None:

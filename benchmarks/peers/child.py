@@ -127,12 +127,13 @@ def on_a_device(task: dict[str, Any]) -> None:
     """Do what ``task`` says with real memory, and write what came out."""
     spec = find(task["model"], task["device"], task["limit"])
     work = real.RealWork(spec)
-    if task["do"] == "scan":
+    if task["do"] == "truth":
+        gc.enable()
         with work.session():
-            _write({"largest": real.largest(work, task["steps"])})
-    elif task["do"] == "last":
-        with work.session():
-            _write({str(size): real.lasts(work, size, task["steps"]) for size in task["sizes"]})
+            largest = real.largest(work, task["steps"])
+            low, high = (share * largest for share in task["near"])
+            near = [size for size in task["sizes"] if low <= size <= high]
+            _write({"largest": largest, "lasts": {str(size): real.lasts(work, size, task["steps"]) for size in near}})
     else:
         finder = by_name(task["finder"])
         load(finder.module or "autobatch.probe.opening")

@@ -137,19 +137,26 @@ def readme_table(document: dict[str, Any]) -> str:
     simulated = {row.finder: row for mode in MODES for row in simulated_rows(document, mode)}
     real = {row.finder: row for row in real_rows(document)}
     shown = [f["name"] for f in document["finders"] if f["name"] in simulated and "as shipped" not in f["name"]]
-    lines = ["| finder | right, simulated | special cases | right, real | trials | OOM | rows | state changed |", "|" + "---|" * 8]
+    columns = ("finder", "right, simulated", "special cases", "trials", "OOM", "rows", "right, real", "time, real", "state changed")
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for name in shown:
         row, there = simulated[name], real.get(name)
-        right = "–" if there is None else _percent(there.right)
-        cells = [name, _percent(row.right), row.special, right, _number(row.trials), _number(row.out_of_memory), _number(row.rows, "×")]
+        cells = [name, _percent(row.right), row.special, _number(row.trials), _number(row.out_of_memory), _number(row.rows, "×")]
+        cells += ["–", "–"] if there is None else [_percent(there.right), _number(there.wall, "×")]
         changed = row.changed if row.searches or there is None else there.changed
         lines.append("| " + " | ".join([*cells, changed]) + " |")
     how = (
         "Margins set to zero and limits lifted wherever a finder has them. *Right*: within 1 % of the true maximum, not above it. *Rows*:\n"
-        "all rows run as a multiple of the answer, on the simulated cases. Finders that read memory were given it. Every row, and the\n"
-        "finders as shipped: [docs/comparison.md](docs/comparison.md)."
+        "all rows run as a multiple of the answer, on the simulated cases; finders that read memory were given it. *Real*: six models\n"
+        "within 64 to 128 MiB of a processor's memory; *time* as a ratio to autobatch's, whose trials each have a fresh worker"
+        f"{_in_this_process(real)}.\nEvery row, and the finders as shipped: [docs/comparison.md](docs/comparison.md)."
     )
     return "\n".join([BEGIN, f"{of_run(document)}", "", *lines, "", how, END])
+
+
+def _in_this_process(real: dict[str, Row]) -> str:
+    row = real.get("autobatch, in this process")
+    return "" if row is None else f"\n(`isolate=False`: {_percent(row.right)} right in {_number(row.wall, '×')} the time)"
 
 
 def publish(document: dict[str, Any]) -> None:

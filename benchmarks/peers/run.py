@@ -107,14 +107,12 @@ def _place(spec: Any) -> dict[str, Any]:
 def _truth(spec: Any, rows: list[dict[str, Any]]) -> tuple[int | None, dict[str, bool]]:
     """Return the largest size that lasts, by a scan, and whether each answer does, in processes that do nothing else."""
     steps = LASTS if spec.device == "cpu" else LASTS_ON_A_CARD
-    scanned, wrong = child({"do": "scan", "steps": steps, **_place(spec)}, 2 * _REAL)
-    largest = scanned[0]["largest"] if scanned else None
     found = {(row["search"] or {}).get("answer") for row in rows if (row["model"], row["limit"]) == (spec.name, spec.limit)}
     answers = sorted(answer for answer in found if answer)
-    near = [a for a in answers if largest is None or _SURELY[0] * largest <= a <= _SURELY[1] * largest]
-    lasting, _ = child({"do": "last", "sizes": near, "steps": steps, **_place(spec)}, 2 * _REAL)
-    verdicts = {str(answer): answer < largest for answer in answers if answer not in near and largest is not None}
-    verdicts |= lasting[0] if lasting else {}
+    task = {"do": "truth", "steps": steps, "sizes": answers, "near": _SURELY, **_place(spec)}
+    told, wrong = child(task, 4 * _REAL)
+    largest, lasting = (told[0]["largest"], told[0]["lasts"]) if told else (None, {})
+    verdicts = {str(answer): lasting.get(str(answer), answer < largest) for answer in answers if largest is not None}
     # What lasted when it was run alone is no more than the largest, whatever the scan's last row said.
     largest = max([largest or 0, *(int(size) for size, fits in verdicts.items() if fits)])
     _say(f"{spec.name}: the largest is {largest} {wrong}")
