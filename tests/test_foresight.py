@@ -14,7 +14,7 @@ from autobatch.core.records import Probe
 from autobatch.devices.cpu import CpuDevice
 from autobatch.loop import Run
 from autobatch.probe.inline import InlineProber
-from autobatch.simulate.foresight import foresee
+from autobatch.simulate.foresight import Expected, foreseeing
 from autobatch.workload.workload import Workload, build_workload
 
 LONG = 60.0  # seconds, for a machine that does other things as well
@@ -25,6 +25,11 @@ def workload(step: Any = None) -> Workload:
     return build_workload(
         model, torch.randn(4, 256), step=step or (lambda model, rows: model(rows).square().mean()), optimizer=torch.optim.Adam
     )
+
+
+def foresee(work: Workload, capability: tuple[int, int] | None, seconds: float = LONG) -> tuple[Expected, str]:
+    with foreseeing(work, capability, seconds) as foreseen:
+        return foreseen()
 
 
 def test_the_expected_bytes_are_those_of_the_step() -> None:

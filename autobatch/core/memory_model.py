@@ -128,7 +128,7 @@ class MemoryModel:
             if safe >= 2 * best or limit is None or safe >= limit * (1 - CONFIRMED):
                 return safe if safe > best else None
             return limit  # a short hop would earn nothing
-        if self._surprise.get(best, 0.0) > CONFIRMED:
+        if self._missed(best):
             return round(max(limit, best) * (1 + CONFIRMED / 2))  # the model is off: find out from above
         return safe if safe > best * (1 + WOBBLE) else limit + 1
 
@@ -149,7 +149,7 @@ class MemoryModel:
             # One size is known: with a base of nothing at all, every row would cost its full share.
             return int(best * self.cap * (1 - WOBBLE) / (self._peak(best) * (1 + WOBBLE)))
         slope = self._slope(best, self._wobble(best))[1]
-        if self._surprise.get(best, 0.0) > CONFIRMED:
+        if self._missed(best):
             # No line after all: from here on rows may cost what they cost on the last stretch, though fewer bytes before it.
             below = max((size for size in self._forward_backward if size < best), default=0)
             slope = max(slope, (self._forward_backward[best] - self._forward_backward.get(below, 0)) / (best - below))
@@ -157,7 +157,11 @@ class MemoryModel:
 
     def _has_turned(self, best: int, limit: int | None) -> bool:
         """Whether ``best``, close to the wall, is not what was predicted: what the rows cost from here on is known better only now."""
-        return self._surprise.get(best, 0.0) > CONFIRMED and limit is not None and best >= limit * (1 - NEAR_WALL)
+        return self._missed(best) and limit is not None and best >= limit * (1 - NEAR_WALL)
+
+    def _missed(self, size: int, by: float = CONFIRMED) -> bool:
+        """Whether ``size`` came out otherwise than the probes before it predicted, by more than a share of its peak."""
+        return self._surprise.get(size, 0.0) > by
 
     def _below(self, wall: int, best: int, limit: int | None) -> int | None:
         """Return a size under ``wall`` that is likely to fit and close to it, inside the bracket far enough for either verdict to count."""
@@ -193,7 +197,7 @@ class MemoryModel:
         if len(self._forward_backward) == 1 and self._expected is not None:
             return self._calibrated(self._expected)
         top = max(self._forward_backward, default=0)
-        reach = NEAR if self._surprise.get(top, 0.0) > WORST_WOBBLE else FAR
+        reach = NEAR if self._missed(top, by=WORST_WOBBLE) else FAR
         return [line for points in (self._forward_backward, self._optimizer) if (line := _through(points, reach)) is not None]
 
     def _calibrated(self, expected: Callable[[int], float]) -> list[Line]:

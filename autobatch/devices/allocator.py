@@ -62,19 +62,18 @@ def small_blocks_ahead() -> Iterator[None]:
     Every second block is freed: the holes are too small for a tensor that counts. Of the Python objects, one stays in each arena and keeps
     it.
     """
-    library = _library()
-    blocks = [] if library is None else [library.malloc(_SMALL) for _ in range(2 * _AHEAD // _SMALL)]
-    for block in blocks[::2]:
-        library.free(block)  # type: ignore[union-attr]
-    objects = [bytes(_OBJECT) for _ in range(2 * _AHEAD // _OBJECT)]
-    kept = objects[:: _ARENA // _OBJECT]
-    del objects
-    try:
+    with contextlib.ExitStack() as kept:
+        library = _library()
+        if library is not None:
+            blocks = [library.malloc(_SMALL) for _ in range(2 * _AHEAD // _SMALL)]
+            for block in blocks[1::2]:
+                kept.callback(library.free, block)
+            for block in blocks[::2]:
+                library.free(block)
+        objects = [bytes(_OBJECT) for _ in range(2 * _AHEAD // _OBJECT)]
+        kept.callback(objects[:: _ARENA // _OBJECT].clear)
+        del objects
         yield
-    finally:
-        del kept
-        for block in blocks[1::2]:
-            library.free(block)  # type: ignore[union-attr]
 
 
 @functools.cache

@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
-import gc
 import os
 import signal
 import sys
@@ -123,15 +122,11 @@ def _load_torch() -> None:
     from autobatch.devices.allocator import exact_allocator
 
     exact_allocator()
-    gc.disable()  # the collector would take a third of the time, here and in every fork, to look at what is never garbage
-    import torch._dynamo  # what the first optimizer of a process loads  # noqa: F401
+    with preload.uncollected():
+        import torch._dynamo  # what the first optimizer of a process loads  # noqa: F401
 
-    import autobatch.devices
-    import autobatch.probe.inline
-    import autobatch.workload.target  # noqa: F401
-
-    gc.freeze()
-    gc.enable()
+        import autobatch.probe.inline  # what every worker would import again
+        import autobatch.workload.target  # noqa: F401
 
 
 def _clean_up() -> None:

@@ -77,33 +77,32 @@ def each_apart(
     if not hasattr(os, "fork"):
         yield lambda: [function() for function in functions]
         return
-    forks = _Forks(functions, seconds)
+    with contextlib.closing(_Forks(seconds)) as forks:
+        for function in functions:
+            forks.start(function)
 
-    def results() -> list[Result]:
-        try:
-            return forks.results()
-        except RuntimeError as error:
-            if _THREADS not in said_by(error):
-                raise
-        return [_fresh(function, seconds, hollow) for function in functions]
+        def results() -> list[Result]:
+            try:
+                return forks.results()
+            except RuntimeError as error:
+                if _THREADS not in said_by(error):
+                    raise
+            return [_fresh(function, seconds, hollow) for function in functions]
 
-    with contextlib.closing(forks):
         yield results
 
 
 class _Forks:
     """Forked children and the pipes that their answers come through."""
 
-    def __init__(self, functions: Sequence[Callable[[], Any]], seconds: float | None) -> None:
+    def __init__(self, seconds: float | None) -> None:
         self._deadline = None if seconds is None else time.monotonic() + seconds
         self._children: list[tuple[int, int]] = []
         self._answers: list[bytes] = []
-        try:
-            for function in functions:
-                self._children.append(_fork(function))
-        except BaseException:
-            self.close()
-            raise
+
+    def start(self, function: Callable[[], Any]) -> None:
+        """Run ``function`` in a child."""
+        self._children.append(_fork(function))
 
     def results(self) -> list[Any]:
         """Return what they returned, or raise what the first of them raised."""

@@ -42,12 +42,6 @@ def foreseeing(
         yield functools.partial(_read, traces)
 
 
-def foresee(work: Workload, capability: tuple[int, int] | None, seconds: float = SECONDS) -> tuple[Expected, str]:
-    """Return what ``foreseeing`` gives, and wait for it."""
-    with foreseeing(work, capability, seconds) as foreseen:
-        return foreseen()
-
-
 def nothing() -> tuple[Expected, str]:
     """Expect nothing and say nothing."""
     return (), ""

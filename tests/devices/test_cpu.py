@@ -91,7 +91,11 @@ def test_under_a_limit_of_the_users_own_it_is_what_was_resident() -> None:
 
 def test_the_mark_is_set_back_to_now_without_memory() -> None:
     torch.empty(64 * MIB // 4)
-    read = lambda: (_addresses()["VmSize"], _addresses()["VmPeak"])  # noqa: E731
+
+    def read() -> tuple[int, int]:
+        now = _addresses()
+        return now["VmSize"], now["VmPeak"]
+
     resident = _addresses()["VmRSS"]
     water = HighWater(read)
     try:
